@@ -1,0 +1,182 @@
+"""
+What is checked before a run starts: the knobs' ranges, the device and its number format, the data files, the memory.
+
+Every check ends in fail(): one line that says what is wrong, with the values, and what to do next.
+"""
+import ast
+import os
+import sys
+
+import numpy as np
+
+REPO = os.path.dirname(os.path.abspath(__file__))
+
+
+def fail(what, remedy=''):
+    """Ends the program with one line on stderr and status 1. For the user's mistakes; a bug keeps its traceback."""
+    if os.environ.get('RANK', '0') == '0':  # under torchrun every rank makes the same mistake; one says so
+        print(f'error: {what}' + (f'; {remedy}' if remedy else ''), file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+# knob: (lowest, highest, whether the lowest itself is allowed); None is no bound
+RANGES = {
+    **dict.fromkeys(('n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'gradient_accumulation_steps',
+                     'eval_interval', 'log_interval', 'eval_iters', 'num_samples'), (1, None, True)),
+    **dict.fromkeys(('max_iters', 'warmup_iters', 'lr_decay_iters', 'max_new_tokens', 'top_k', 'save_interval', 'seed',
+                     'weight_decay', 'grad_clip', 'learning_rate', 'min_lr', 'temperature'), (0, None, True)),
+    **dict.fromkeys(('dropout', 'beta1', 'beta2'), (0, 1, True)),
+    'top_p': (0, 1, False),
+}
+
+
+def check_ranges(config):
+    """Fails where a knob is outside the range it can have, or where knobs contradict each other."""
+    for name, value in config.items():
+        low, high, closed = RANGES.get(name, (None, None, True))
+        if low is not None and (value < low or value == low and not closed):
+            fail(f'{name}={value} is too small', f'it must be {"at least" if closed else "above"} {low}')
+        if high is not None and (value > high or value == high and name in ('beta1', 'beta2', 'dropout')):
+            fail(f'{name}={value} is too large', f'it must be {"at most" if name == "top_p" else "below"} {high}')
+    if 'n_embd' in config and config['n_embd'] % config['n_head']:
+        fail(f'n_embd={config["n_embd"]} is not divisible by n_head={config["n_head"]}',
+             f'try --n_embd={max(1, round(config["n_embd"] / config["n_head"])) * config["n_head"]}')
+
+
+def choose_device(device, local_rank=0):
+    """The torch device string to use for the knob `device`, and why: 'auto' is the best device there is.
+
+    Under torchrun each rank has a GPU of its own, so both 'cuda' and 'cuda:k' mean the local rank's.
+    """
+    import torch
+    why = 'as asked'
+    if device == 'auto':
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device, why = (found.type, 'the accelerator found') if found else ('cpu', 'no accelerator found')
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        fail(f'device={device!r} is no device', 'try cpu, cuda, cuda:0, mps, xpu or auto')
+    if kind == 'cpu':
+        return 'cpu', why
+    if not getattr(torch, kind, None) or not getattr(torch, kind).is_available():
+        fail(f'device={device!r} is not available on this machine', 'try --device=cpu')
+    if kind == 'mps':
+        return 'mps', why
+    count = getattr(torch, kind).device_count()
+    index = local_rank if 'LOCAL_RANK' in os.environ else torch.device(device).index or 0
+    if index >= count:
+        fail(f'{kind}:{index} is asked for, but there are {count} here', f'use at most {count} processes on this machine')
+    return f'{kind}:{index}', why
+
+
+def choose_dtype(dtype, device_type):
+    """The number format to compute in for the knob `dtype`, and why: 'float32', 'bfloat16' or 'float16'."""
+    import torch
+    if dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
+        fail(f'dtype={dtype!r} is not known', 'try float32, bfloat16, float16 or auto')
+    if dtype == 'float16' and device_type != 'cuda':
+        return 'float32', f'float16 needs CUDA, this is {device_type}'
+    if dtype != 'auto':
+        return dtype, 'as asked'
+    if device_type == 'cuda':
+        # without emulation: cards before Ampere can pretend to have bfloat16, slowly
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ('bfloat16', 'this GPU supports it') if bf16 else ('float16', 'this GPU has no bfloat16')
+    if device_type == 'cpu':
+        # torch computes bfloat16 on every CPU, but only with these instructions is it faster than float32
+        for name in ('avx512_bf16', 'amx_tile'):
+            if getattr(torch.cpu, f'_is_{name}_supported', lambda: False)():
+                return 'bfloat16', f'this CPU has {name}'
+        return 'float32', 'this CPU has no bfloat16 instructions'
+    return ('bfloat16', 'XPUs support it') if device_type == 'xpu' else ('float32', f'the default on {device_type}')
+
+
+def find_data(dataset):
+    """The folder of a dataset: a path, data/<dataset> where the user stands, or data/<dataset> of this repository."""
+    places = [dataset] if os.path.dirname(dataset) else []
+    places += [os.path.join('data', dataset), os.path.join(REPO, 'data', dataset)]
+    for place in places:
+        if os.path.exists(os.path.join(place, 'train.bin')) and os.path.exists(os.path.join(place, 'val.bin')):
+            return place
+    prepare = os.path.join(REPO, 'data', dataset, 'prepare.py')
+    if not os.path.isfile(prepare):
+        fail(f'dataset {dataset!r} has no train.bin and val.bin in {" or ".join(places)}',
+             'python data/text/prepare.py --input=FILE --name=NAME prepares your own text')
+    with open(prepare, encoding='utf-8') as f:
+        what = ast.get_docstring(ast.parse(f.read())).splitlines()[0]
+    fail(f'dataset {dataset} is not prepared ({what})',
+         f'prepare it: python {os.path.relpath(prepare)}  or start small, without a download: '
+         f'python {os.path.relpath(os.path.join(REPO, "data", "python_char", "prepare.py"))} && '
+         f'python {os.path.relpath(os.path.join(REPO, "train.py"))} config/train_python_char.py')
+
+
+def open_bin(path, block_size, vocab_size):
+    """The token ids of a .bin file as a read-only memmap of uint16, shape (tokens,); fails if it can't be trained on.
+
+    Only its head and tail are read here; train.py looks at the ids of every batch it takes.
+    """
+    remedy = f'prepare the dataset in {os.path.dirname(path)} again'
+    size = os.path.getsize(path)
+    if size % 2:
+        fail(f'{path} has {size} bytes, an odd number: it is no uint16 file or was cut short', remedy)
+    if size // 2 < block_size + 1:
+        fail(f'{path} has {size // 2} tokens, fewer than block_size + 1 = {block_size + 1}', 'set a smaller --block_size')
+    tokens = np.memmap(path, dtype='<u2', mode='r')
+    check_ids(np.concatenate((tokens[:4096], tokens[-4096:])), vocab_size, path)
+    return tokens
+
+
+def check_ids(ids, vocab_size, path):
+    """Fails if a token id is beyond the vocabulary: on a GPU it would end in an assertion that names nothing."""
+    if ids.max() >= vocab_size:
+        fail(f'{path} holds token id {ids.max()}, but the vocabulary has {vocab_size}',
+             'the data was made with another tokenizer: prepare it again, or name the right --dataset')
+
+
+def check_vocabulary(meta, state, data_dir, path):
+    """Fails if a dataset (its meta dict, None for GPT-2's BPE) has other tokens than the checkpoint read from path."""
+    trained, vocab_size = state.get('meta') or {}, state['model_args']['vocab_size']
+    if meta is None and vocab_size < 50257:
+        what = f'{data_dir} has no meta.pkl, so it is GPT-2 BPE'
+    elif meta and meta['vocab_size'] != vocab_size:
+        what = f'{data_dir} has a vocabulary of {meta["vocab_size"]}'
+    elif meta and 'stoi' in trained and trained['stoi'] != meta.get('stoi'):
+        what = f'{data_dir} has other characters'
+    else:
+        return
+    fail(f'{what}, but {path} was trained on {vocab_size} tokens of another dataset', 'name the right one with --dataset')
+
+
+def check_accumulation(gradient_accumulation_steps, world_size):
+    """Fails if the micro-batches of an iteration can't be shared out evenly over the ranks."""
+    if gradient_accumulation_steps % world_size:
+        below = gradient_accumulation_steps // world_size * world_size
+        near = ' or '.join(str(n) for n in (below, below + world_size) if n)
+        fail(f'gradient_accumulation_steps={gradient_accumulation_steps} is not divisible by the {world_size} ranks',
+             f'use {near}')
+
+
+def training_bytes(num_params, config, batch_size, dtype):
+    """Bytes that training takes, as (held throughout, activations at their peak); the second is an estimate.
+
+    Held: float32 weights, gradients and AdamW's two moments, 16 bytes a parameter. Activations: what the backward
+    pass keeps of each layer, about 34 x C bytes a token in 16-bit numbers (Korthikanti et al. 2022,
+    https://arxiv.org/abs/2205.05198, without the attention matrix, which flash attention never stores), and the
+    logits with their gradient.
+    """
+    width = 1 if dtype != 'float32' else 2
+    per_token = 34 * config.n_layer * config.n_embd * width + config.vocab_size * (4 + 4 + 4 * width)
+    return 16 * num_params, batch_size * config.block_size * per_token
+
+
+def free_memory(device):
+    """Bytes that can still be allocated on the device (a CPU: in the machine); None where the system doesn't say."""
+    import torch
+    if torch.device(device).type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open('/proc/meminfo') as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith('MemAvailable'))
+    except (OSError, StopIteration):
+        return None

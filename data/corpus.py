@@ -1,0 +1,106 @@
+"""
+What the prepare scripts share: where a text comes from, and how token ids become train.bin, val.bin and meta.pkl.
+"""
+import hashlib
+import os
+import pickle
+import sys
+import time
+import urllib.request
+
+import numpy as np
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
+from checks import fail  # noqa: E402
+
+SHAKESPEARE_URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+
+
+def read_shakespeare(input_file, folder):
+    """Tiny Shakespeare: input_file if given, else input.txt in the folder, else downloaded to there."""
+    path = os.path.join(folder, 'input.txt')
+    if not input_file and not os.path.exists(path):
+        download(SHAKESPEARE_URL, SHAKESPEARE_SHA256, path)
+    return read_text(input_file or path)
+
+
+def read_text(path):
+    """The file's text; fails if it isn't there, is empty or isn't UTF-8."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            text = f.read()
+    except OSError as e:
+        fail(f'{path} cannot be read ({e.strerror})', 'name a text file with --input=FILE')
+    except UnicodeDecodeError as e:
+        fail(f'{path} is not UTF-8 (byte {e.start})', 'convert it first')
+    if not text:
+        fail(f'{path} is empty', 'name a text file with --input=FILE')
+    return text
+
+
+def download(url, sha256, path, tries=3, timeout=30):
+    """Fetches url to path, whole and with the right SHA-256, or not at all."""
+    for wait in [2 ** n for n in range(tries - 1)] + [None]:
+        try:
+            with urllib.request.urlopen(url, timeout=timeout) as response:
+                content = response.read()
+            break
+        except OSError as e:  # URLError, timeouts and resets are all of this kind
+            if wait is None:
+                fail(f'{url} could not be downloaded ({e})', f'without a network, put the file there yourself as {path}, '
+                     'or take the dataset that needs none: python data/python_char/prepare.py')
+            time.sleep(wait)
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        fail(f'{url} gave a file with SHA-256 {found}, not {sha256}', 'try again later; nothing was kept')
+    write_aside(path, content)
+
+
+def write_aside(path, content):
+    """Writes bytes to path under another name first, so that what is at path is always whole."""
+    with open(path + '.tmp', 'wb') as f:
+        f.write(content)
+    os.replace(path + '.tmp', path)
+
+
+def char_table(text):
+    """meta.pkl's tables for a text: one id per character it has, in the order of their code points."""
+    chars = sorted(set(text))
+    return {'vocab_size': len(chars), 'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}}
+
+
+def encode_chars(text, meta):
+    """The text's ids, an array of uint16."""
+    codes = np.frombuffer(text.encode('utf-32-le'), dtype=np.uint32)  # a code point each
+    table = np.zeros(max(map(ord, meta['stoi'])) + 1, dtype=np.int64)
+    table[[ord(c) for c in meta['stoi']]] = list(meta['stoi'].values())
+    return to_uint16(table[codes])
+
+
+def to_uint16(ids):
+    """The ids as an array of uint16; fails rather than wrap around."""
+    ids = np.asarray(ids)
+    if len(ids) and ids.max() >= 2 ** 16:
+        fail(f'token id {ids.max()} does not fit in uint16', 'a .bin file holds at most 65,536 different tokens')
+    return ids.astype('<u2')
+
+
+def write_splits(folder, train_ids, val_ids, meta, started):
+    """Writes train.bin, val.bin and, with a meta, meta.pkl to the folder, and prints what they hold."""
+    os.makedirs(folder, exist_ok=True)
+    if min(len(train_ids), len(val_ids)) == 0:
+        fail(f'the text gives {len(train_ids)} training and {len(val_ids)} validation tokens', 'use a longer text')
+    meta_path = os.path.join(folder, 'meta.pkl')
+    if meta:
+        write_aside(meta_path, pickle.dumps(meta))
+    elif os.path.exists(meta_path):
+        os.remove(meta_path)  # of a character dataset that was here before
+    for split, ids in (('train', train_ids), ('val', val_ids)):
+        write_aside(os.path.join(folder, f'{split}.bin'), to_uint16(ids).tobytes())
+        print(f'{split}.bin: {len(ids):,} tokens, {2 * len(ids):,} bytes')
+    if meta:
+        print(f'vocabulary: {meta["vocab_size"]} characters: {"".join(meta["stoi"])!r}')
+    else:
+        print('vocabulary: GPT-2 BPE, 50,257 tokens')
+    print(f'written to {os.path.relpath(folder)} in {time.time() - started:.1f} s')

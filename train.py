@@ -1,0 +1,338 @@
+"""
+Trains a GPT from scratch, resumes a run, or finetunes GPT-2.
+
+One GPU, CPU or Mac:       python train.py config/train_python_char.py
+8 GPUs of one machine:     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+2 machines of 8 GPUs, on each, with its own node_rank and the first one's address:
+    torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train.py config/train_gpt2.py
+
+Every knob below can be set in a config file or as --key=value; --help lists them.
+"""
+import importlib.util
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+
+import checkpoint
+import checks
+import convert
+import distributed
+from model import GPT, GPTConfig
+from tokenizer import read_meta
+
+# I/O
+out_dir = 'out'  # where the checkpoints and metrics.jsonl go, from where you stand
+eval_interval = 2000  # iterations between evaluations; each one saves the state
+log_interval = 1  # iterations between lines of progress
+eval_iters = 200  # batches that an evaluation averages over, on each split
+eval_only = False  # evaluate, print, exit
+always_save_checkpoint = True  # write ckpt.pt at every evaluation; False: only when the val loss is the best so far
+save_interval = 0  # iterations between further saves, to ckpt_last.pt; 0 is none
+init_from = 'scratch'  # scratch | resume | auto (resume if there is something, else scratch) | gpt2{,-medium,-large,-xl} | folder saved by transformers
+seed = 1337  # of the weights, the order of the data and dropout
+# wandb
+wandb_log = False  # log to Weights & Biases too
+wandb_project = 'owt'
+wandb_run_name = 'gpt2'
+# data
+dataset = 'openwebtext'  # data/<dataset>, or a path, with train.bin and val.bin
+gradient_accumulation_steps = 5 * 8  # micro-batches an iteration, over all ranks together
+batch_size = 12  # sequences in a micro-batch
+block_size = 1024  # tokens in a sequence
+# model
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0  # 0 for pretraining; for finetuning or small data try 0.1 and more
+bias = False  # biases in Linear and LayerNorm
+# AdamW
+learning_rate = 6e-4  # the highest
+max_iters = 600000  # updates in all
+weight_decay = 1e-1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # largest norm of the gradient; 0 is no clipping
+# learning rate schedule
+decay_lr = True  # warm up, then decay as a cosine; False: learning_rate throughout
+warmup_iters = 2000
+lr_decay_iters = 600000  # about max_iters, by Chinchilla
+min_lr = 6e-5  # the lowest, about learning_rate / 10, by Chinchilla
+# system
+backend = 'auto'  # of torch.distributed: nccl | gloo; auto is nccl on GPUs
+device = 'auto'  # cpu | cuda | cuda:1 | mps | xpu; auto is the accelerator if there is one
+dtype = 'auto'  # float32 | bfloat16 | float16; auto is the fastest that is safe
+compile = 'auto'  # torch.compile the model: True | False; auto is True on CUDA
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
+
+# -----------------------------------------------------------------------------
+# what is wrong with the knobs, the data or the machine ends the run here, before anything is written
+checks.check_ranges(config)
+data_dir = checks.find_data(dataset)
+meta = read_meta(data_dir)  # None: GPT-2's BPE
+ddp_rank, ddp_local_rank, ddp_world_size = distributed.ranks()
+master_process = ddp_rank == 0
+checks.check_accumulation(gradient_accumulation_steps, ddp_world_size)
+tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
+device, device_why = checks.choose_device(device, ddp_local_rank)
+device_type = torch.device(device).type
+dtype, dtype_why = checks.choose_dtype(dtype, device_type)
+compile_why = 'as asked'
+if compile == 'auto':
+    compile = device_type == 'cuda' and importlib.util.find_spec('triton') is not None
+    compile_why = 'it pays on CUDA' if compile else 'auto compiles only on CUDA with triton'
+
+backend = distributed.init(backend, device)
+torch.manual_seed(seed)  # the same on every rank: the same weights
+torch.set_float32_matmul_precision('high')  # TF32 where the hardware has it; no effect elsewhere
+if compile and device_type == 'cpu':
+    torch.use_deterministic_algorithms(True)  # a compiled embedding's backward adds atomically: runs would differ
+ptdtype = getattr(torch, dtype)
+ctx = nullcontext() if dtype == 'float32' else torch.autocast(device_type, dtype=ptdtype)
+
+# -----------------------------------------------------------------------------
+# the model
+iter_num, best_val_loss, state = 0, math.inf, None
+if init_from == 'auto':
+    init_from = 'resume' if checkpoint.exists(out_dir) else 'scratch'
+if init_from == 'scratch':
+    vocab_size = meta['vocab_size'] if meta else 50304
+    model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
+    origin = 'from scratch'
+elif init_from == 'resume':
+    state, path = checkpoint.load_newest(out_dir)
+    checks.check_vocabulary(meta, state, data_dir, path)
+    model = checkpoint.build_model(state, dropout)
+    iter_num, best_val_loss = state['iter_num'], float(state.get('best_val_loss', math.inf))
+    origin = f'resumed from {path} at iteration {iter_num}'
+elif convert.is_hf(init_from):
+    if meta:
+        checks.fail(f'{init_from} reads GPT-2 BPE, but {data_dir} has its own vocabulary', 'use --dataset=shakespeare or openwebtext')
+    model = GPT.from_pretrained(init_from, dict(dropout=dropout))
+    origin = f'from {init_from}'
+else:
+    checks.fail(f'init_from={init_from!r} is not known',
+                'use scratch, resume, auto, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder saved by transformers')
+if block_size > model.config.block_size:
+    checks.fail(f'block_size={block_size} is larger than the {model.config.block_size} of {init_from}',
+                f'use --block_size={model.config.block_size} or less')
+if block_size < model.config.block_size:
+    model.crop_block_size(block_size)
+overruled = [f'{k}={config[k]}' for k in ('n_layer', 'n_head', 'n_embd', 'bias') if config[k] != getattr(model.config, k)]
+model_args = {k: getattr(model.config, k) for k in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')}
+model.to(device)
+raw_model = model  # the one that is saved: without the prefixes that compiling and wrapping put before its names
+
+optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')  # float16 alone has too narrow a range
+if state:
+    checkpoint.load_optimizer(optimizer, state['optimizer'])
+    given = optimizer.param_groups[0]
+    if (given['weight_decay'], *given['betas']) != (weight_decay, beta1, beta2) and master_process:
+        print(f'weight_decay={given["weight_decay"]}, betas={given["betas"]} come from the checkpoint, not from the knobs')
+    if 'scaler' in state:
+        scaler.load_state_dict(state['scaler'])
+state = None  # frees it
+
+if compile:
+    model = torch.compile(model)
+eval_model = model  # evaluation is shared out unevenly, so it must not wait for other ranks
+model = distributed.wrap(model, device)
+
+# -----------------------------------------------------------------------------
+# the data: every window of block_size + 1 tokens of a split, as a view of the file
+windows = {split: np.lib.stride_tricks.sliding_window_view(
+    checks.open_bin(os.path.join(data_dir, f'{split}.bin'), block_size, raw_model.config.vocab_size), block_size + 1)
+    for split in ('train', 'val')}
+
+
+def get_batch(split, starts):
+    """Inputs and targets, (len(starts), block_size) each, of the windows that begin at these tokens of the split."""
+    rows = windows[split][starts]  # one gather, (B, T + 1)
+    checks.check_ids(rows, raw_model.config.vocab_size, os.path.join(data_dir, f'{split}.bin'))
+    rows = torch.from_numpy(rows.astype(np.int64))
+    if device_type == 'cuda':
+        rows = rows.pin_memory()  # only then is the copy asynchronous
+    rows = rows.to(device, non_blocking=True)
+    return rows[:, :-1], rows[:, 1:]
+
+
+def get_micro_batch(iter_num, micro_step):
+    """The training batch of this rank in one micro-step.
+
+    What an iteration reads is a pure function of seed and iter_num: one draw of a counter-based generator gives the
+    rows of all micro-batches of all ranks. So no generator's state is saved, and a run that is resumed, or cut up
+    over other ranks, reads the same data.
+    """
+    raw = np.random.Philox(key=seed, counter=[0, 0, 0, iter_num]).random_raw(gradient_accumulation_steps * batch_size)
+    m = micro_step * ddp_world_size + ddp_rank  # the micro-batch's number among all ranks'
+    return get_batch('train', raw[m * batch_size:(m + 1) * batch_size] % len(windows['train']))
+
+
+def seed_dropout(iter_num, micro_step):
+    """Makes dropout, too, a pure function of seed, iter_num and the micro-batch's number among all ranks'."""
+    m = micro_step * ddp_world_size + ddp_rank
+    torch.manual_seed(int(np.random.SeedSequence((seed, iter_num, m)).generate_state(1, np.uint64)[0]))
+
+
+@torch.no_grad()
+def estimate_loss():
+    """Mean loss of each split over eval_iters batches, the same ones every time: windows evenly spaced over the split."""
+    losses = {}
+    eval_model.eval()
+    for split in ('train', 'val'):
+        starts = np.linspace(0, len(windows[split]) - 1, eval_iters * batch_size).astype(np.int64).reshape(eval_iters, -1)
+        loss_sum = torch.zeros((), device=device)
+        for k in range(ddp_rank, eval_iters, ddp_world_size):
+            with ctx:
+                loss_sum += eval_model(*get_batch(split, starts[k]))[1]
+        losses[split] = distributed.total(loss_sum).item() / eval_iters
+    eval_model.train()
+    return losses
+
+
+def get_lr(it):
+    """The learning rate of iteration it: linear warmup, then a cosine from learning_rate down to min_lr."""
+    if it < warmup_iters:
+        return learning_rate * (it + 1) / (warmup_iters + 1)
+    if it >= lr_decay_iters:
+        return min_lr
+    progress = (it - warmup_iters) / (lr_decay_iters - warmup_iters)  # 0 to 1
+    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+
+
+def save_state(best):
+    """Writes all that a resumed run needs, in nanoGPT's format, with keys of ours that nanoGPT ignores."""
+    ours = {}
+    if meta:
+        ours['meta'] = meta  # so that the checkpoint can be sampled from without its data
+    if raw_model.config.gelu != 'none':
+        ours['gelu'] = raw_model.config.gelu
+    if scaler.is_enabled():
+        ours['scaler'] = scaler.state_dict()
+    return checkpoint.save(dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(), model_args=model_args,
+                                iter_num=iter_num, best_val_loss=best_val_loss, config=config, **ours), out_dir, best)
+
+
+def log(**event):
+    """Appends the event to metrics.jsonl as a line of JSON."""
+    with open(os.path.join(out_dir, 'metrics.jsonl'), 'a', encoding='utf-8') as f:
+        f.write(json.dumps(event) + '\n')
+
+
+def start_wandb():
+    """A wandb run; without a key or a network an offline one, with a warning: logging never ends the training."""
+    import wandb
+    try:
+        offline = not (os.environ.get('WANDB_MODE') or wandb.api.api_key)
+        if offline:
+            print('warning: wandb has no API key, so it logs offline; wandb login, then wandb sync, uploads the run')
+        return wandb.init(project=wandb_project, name=wandb_run_name, config=config, mode='offline' if offline else None)
+    except Exception as e:  # whatever it is, it's no reason not to train
+        print(f'warning: wandb could not start ({e}), so it logs offline')
+        return wandb.init(project=wandb_project, name=wandb_run_name, config=config, mode='offline')
+
+
+# -----------------------------------------------------------------------------
+# the run plan: what will happen, in numbers
+if iter_num >= max_iters > 0 and not eval_only:
+    if master_process:
+        print(f'the run in {out_dir} is finished: {iter_num} of {max_iters} iterations; a larger --max_iters goes on')
+    distributed.shutdown()
+    sys.exit(0)
+if master_process:
+    held, activations = checks.training_bytes(raw_model.get_num_params(False), raw_model.config, batch_size, dtype)
+    train_tokens = len(windows['train']) + block_size
+    print(f'model: {origin}, {raw_model.get_num_params() / 1e6:.2f}M parameters, vocabulary {raw_model.config.vocab_size}'
+          + (f' (the checkpoint overrules {", ".join(overruled)})' if overruled else ''))
+    print(f'data: {data_dir}, {train_tokens:,} train and {len(windows["val"]) + block_size:,} val tokens; {tokens_per_iter:,} tokens/iter = '
+          f'{gradient_accumulation_steps // ddp_world_size} accumulation x {ddp_world_size} ranks x {batch_size} batch x {block_size} block; '
+          f'{max_iters} iterations are {max_iters * tokens_per_iter / train_tokens:.2f} epochs')
+    print(f'machine: {device} ({device_why}), {dtype} ({dtype_why}), {"compiled" if compile else "not compiled"} ({compile_why})'
+          + (f', {ddp_world_size} ranks over {backend}' if backend else ''))
+    print(f'memory: {held / 2**30:.2f} GiB for weights, gradients and AdamW, about {activations / 2**30:.2f} GiB for activations')
+    if not eval_only:
+        os.makedirs(out_dir, exist_ok=True)
+        commit = subprocess.run(['git', '-C', checks.REPO, 'rev-parse', 'HEAD'], capture_output=True, text=True) if os.path.isdir(
+            os.path.join(checks.REPO, '.git')) else None
+        log(event='run', config=config, argv=sys.argv, python=platform.python_version(), torch=torch.__version__,
+            commit=commit.stdout.strip() if commit else None, device=device, dtype=dtype, world_size=ddp_world_size)
+wandb_run = start_wandb() if wandb_log and master_process else None
+
+# -----------------------------------------------------------------------------
+# the loop
+first_iter = iter_num
+mfu = None  # a running mean, unknown at first
+X, Y = get_micro_batch(iter_num, 0)
+t0, timed_from = time.perf_counter(), iter_num
+while True:
+    last_step = iter_num >= max_iters
+    lr = get_lr(iter_num) if decay_lr else learning_rate
+
+    # once in a while: evaluate, and save the state
+    if iter_num % eval_interval == 0 or last_step or eval_only:
+        losses = estimate_loss()
+        is_best = losses['val'] < best_val_loss
+        best_val_loss = min(best_val_loss, losses['val'])
+        if master_process:
+            print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}', flush=True)
+            metrics = {'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr, 'mfu': 100 * mfu if mfu else None}
+            if wandb_run:
+                wandb_run.log(metrics)
+            if not eval_only:
+                log(event='eval', **metrics)
+                if iter_num > first_iter or last_step:  # at its start, a run's state is on disk or not worth keeping
+                    saved = save_state(best=is_best or always_save_checkpoint)
+        t0, timed_from = time.perf_counter(), iter_num  # the time isn't the next iteration's
+    elif save_interval and iter_num % save_interval == 0 and iter_num > first_iter and master_process:
+        save_state(best=False)
+    if last_step or eval_only:
+        break
+
+    # one update
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+    loss_sum = torch.zeros((), device=device)
+    micro_steps = gradient_accumulation_steps // ddp_world_size
+    for micro_step in range(micro_steps):
+        last_micro_step = micro_step == micro_steps - 1
+        seed_dropout(iter_num, micro_step)
+        with distributed.sync_gradients(model, now=last_micro_step):
+            with ctx:
+                _, loss = model(X, Y)
+            # the next batch is made while the device is still busy with this one
+            X, Y = get_micro_batch(iter_num + last_micro_step, (micro_step + 1) % micro_steps)
+            scaler.scale(loss / micro_steps).backward()
+        loss_sum += loss.detach()
+    if grad_clip:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+    # once in a while: a line of progress
+    if iter_num % log_interval == 0:
+        loss = distributed.mean(loss_sum / micro_steps).item()  # over the whole batch and all ranks; waits for the device
+        dt = (time.perf_counter() - t0) / (iter_num + 1 - timed_from)
+        t0, timed_from = time.perf_counter(), iter_num + 1
+        if master_process:
+            now = raw_model.estimate_mfu(batch_size * micro_steps, dt) if iter_num - first_iter >= 5 else None  # the first ones warm up
+            mfu = now if mfu is None else 0.9 * mfu + 0.1 * now
+            print(f'iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {f"{mfu * 100:.2f}%" if mfu else "n/a"}, '
+                  f'{tokens_per_iter / dt:,.0f} tokens/s', flush=True)
+            log(event='iter', iter=iter_num, loss=loss, ms=1000 * dt, lr=lr, mfu=100 * mfu if mfu else None)
+    iter_num += 1
+
+if master_process and not eval_only:
+    print(f'saved {saved} after {iter_num} iterations; sample from it: python {os.path.relpath(os.path.join(checks.REPO, "sample.py"))} --out_dir={out_dir}')
+if wandb_run:
+    wandb_run.finish()
+distributed.shutdown()
