@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 
 @dataclass
@@ -228,11 +229,20 @@ class GPT(nn.Module):
     @classmethod
     def from_state_dict(cls, config, state_dict):
         """A GPT around the given tensors, which become its weights without a copy."""
-        with torch.device('meta'):  # nothing is allocated or initialised only to be overwritten
+        with torch.device('meta'), _NoInit():  # nothing is allocated or initialised only to be overwritten
             model = cls(config)
         model.load_state_dict(state_dict, assign=True)
         model.tie_weights()
-        return model.requires_grad_(True)
+        return model
+
+
+class _NoInit(TorchFunctionMode):
+    """Passes over nn.init: on tensors without data it does nothing but import torch._dynamo, for a second."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, '__module__', None) == 'torch.nn.init':
+            return (kwargs or {}).get('tensor', args[0] if args else None)
+        return func(*args, **(kwargs or {}))
 
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, vocab_size=None):

@@ -15,7 +15,7 @@ class CharTokenizer:
 
     def __init__(self, meta):
         self.stoi, self.itos = meta['stoi'], meta['itos']
-        self.vocab_size = meta['vocab_size']
+        self.vocab_size = len(self.itos)  # a model's may be larger, padded
 
     def encode(self, text):
         """Ids (list of int) of the text; fails on a character that the model has never seen."""

@@ -8,7 +8,6 @@ One GPU, CPU or Mac:       python train.py config/train_python_char.py
 
 Every knob below can be set in a config file or as --key=value; --help lists them.
 """
-import importlib.util
 import json
 import math
 import os
@@ -84,10 +83,7 @@ tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 device, device_why = checks.choose_device(device, ddp_local_rank)
 device_type = torch.device(device).type
 dtype, dtype_why = checks.choose_dtype(dtype, device_type)
-compile_why = 'as asked'
-if compile == 'auto':
-    compile = device_type == 'cuda' and importlib.util.find_spec('triton') is not None
-    compile_why = 'it pays on CUDA' if compile else 'auto compiles only on CUDA with triton'
+compile, compile_why = checks.choose_compile(compile, device_type)
 
 backend = distributed.init(backend, device)
 torch.manual_seed(seed)  # the same on every rank: the same weights

@@ -88,9 +88,9 @@ def to_uint16(ids):
 
 def write_splits(folder, train_ids, val_ids, meta, started):
     """Writes train.bin, val.bin and, with a meta, meta.pkl to the folder, and prints what they hold."""
-    os.makedirs(folder, exist_ok=True)
     if min(len(train_ids), len(val_ids)) == 0:
         fail(f'the text gives {len(train_ids)} training and {len(val_ids)} validation tokens', 'use a longer text')
+    os.makedirs(folder, exist_ok=True)
     meta_path = os.path.join(folder, 'meta.pkl')
     if meta:
         write_aside(meta_path, pickle.dumps(meta))

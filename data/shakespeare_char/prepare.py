@@ -10,6 +10,7 @@ import corpus
 
 # text
 input = ''  # the text; '': input.txt in this folder, else it is downloaded
+out_dir = ''  # where train.bin and val.bin go; '': this folder
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..', 'configurator.py'), encoding='utf-8').read())
 
 started = time.time()
@@ -19,4 +20,4 @@ print(f'text: {len(text):,} characters')
 meta = corpus.char_table(text)
 ids = corpus.encode_chars(text, meta)
 split = int(0.9 * len(ids))
-corpus.write_splits(folder, ids[:split], ids[split:], meta, started)
+corpus.write_splits(out_dir or folder, ids[:split], ids[split:], meta, started)

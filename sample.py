@@ -1,0 +1,148 @@
+"""
+Generates text from a checkpoint of train.py or nanoGPT, or from GPT-2.
+
+    python sample.py --out_dir=out-shakespeare-char
+    python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5 --max_new_tokens=100
+    python sample.py --start=FILE:prompt.txt --temperature=0
+
+The text goes to stdout, everything else to stderr. Every knob below can be set in a config file or as --key=value.
+"""
+import ast
+import codecs
+import math
+import os
+import sys
+from contextlib import nullcontext
+
+import torch
+
+import checkpoint
+import checks
+import convert
+from model import GPT
+from tokenizer import get_tokenizer, read_meta
+
+# what
+init_from = 'resume'  # resume (the checkpoint in out_dir) | gpt2{,-medium,-large,-xl} | folder saved by transformers
+out_dir = 'out'  # the checkpoint's folder
+start = '\n'  # the prompt, or FILE:prompt.txt
+num_samples = 10  # continuations of it
+max_new_tokens = 500  # in each
+# how
+temperature = 0.8  # below 1 less random, above 1 more; 0 always takes the likeliest token
+top_k = 200  # draw from the k likeliest tokens alone; 0 is off
+top_p = 1.0  # draw from the likeliest tokens that hold this much probability; 1.0 is off
+stop = ''  # end a sample before this text; several: "['\n\n', '<|endoftext|>']"
+stream = False  # print tokens as they come, one sample at a time
+seed = 1337
+# system
+device = 'auto'  # cpu | cuda | cuda:1 | mps | xpu; auto is the accelerator if there is one
+dtype = 'auto'  # float32 | bfloat16 | float16; auto is the fastest that is safe
+compile = 'auto'  # torch.compile the model: True | False; auto is False
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
+
+
+def note(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+# -----------------------------------------------------------------------------
+# the knobs, the prompt, the machine
+checks.check_ranges(config)
+if start.startswith('FILE:'):
+    path = start.removeprefix('FILE:')
+    try:
+        with open(path, encoding='utf-8') as f:
+            start = f.read()
+    except OSError as e:
+        checks.fail(f'the prompt file {path!r} cannot be read ({e.strerror})')
+    except UnicodeDecodeError as e:
+        checks.fail(f'the prompt file {path!r} is not UTF-8 (byte {e.start})', 'convert it first')
+if not start:
+    checks.fail('the prompt is empty', r"a model continues something: try --start='\n'")
+try:
+    stops = ast.literal_eval(stop) if stop.startswith('[') else [stop] if stop else []
+    assert all(isinstance(s, str) and s for s in stops)
+except (SyntaxError, ValueError, AssertionError):
+    checks.fail(f'stop={stop!r} is no list of texts', """write several as --stop="['one', 'two']" """.strip())
+device, device_why = checks.choose_device(device)
+device_type = torch.device(device).type
+dtype, dtype_why = checks.choose_dtype(dtype, device_type)
+torch.manual_seed(seed)
+torch.set_float32_matmul_precision('high')  # TF32 where the hardware has it
+ctx = nullcontext() if dtype == 'float32' else torch.autocast(device_type, dtype=getattr(torch, dtype))
+
+# -----------------------------------------------------------------------------
+# the model and its tokenizer
+if init_from == 'resume':
+    state, path = checkpoint.load_best(out_dir)
+    model, meta = checkpoint.build_model(state), state.get('meta')
+    dataset = state.get('config', {}).get('dataset', '')
+    if meta is None and dataset and state['model_args']['vocab_size'] < 50257:  # a checkpoint of nanoGPT's: the table is in its data folder
+        meta = read_meta(checks.find_data(dataset))
+    checks.check_vocabulary(meta, state, f'dataset {dataset!r}', path)
+    best = state.get('best_val_loss', math.inf)
+    origin = f'{path}, iteration {state["iter_num"]}, best val loss {float(best):.4f}'
+    state = None
+elif convert.is_hf(init_from):
+    model, meta, origin = GPT.from_pretrained(init_from, dict(dropout=0.0)), None, init_from
+else:
+    checks.fail(f'init_from={init_from!r} is not known',
+                'use resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder saved by transformers')
+tokenizer = get_tokenizer(meta)
+prompt = tokenizer.encode(start)
+block_size = model.config.block_size
+model.eval()
+model.to(device)
+note(f'model: {origin}, {model.get_num_params() / 1e6:.2f}M parameters, {tokenizer.name}')
+note(f'machine: {device} ({device_why}), {dtype} ({dtype_why})')
+if len(prompt) > block_size:
+    note(f'the prompt has {len(prompt)} tokens; the model sees its last {block_size}')
+if compile is True:
+    model.forward = torch.compile(model.forward)
+
+# -----------------------------------------------------------------------------
+# generation
+
+
+def generate(rows):
+    """Prints `rows` samples, made as one batch: at the end, or as they come if `stream` (then it is one row)."""
+    texts, done, printed, new_tokens = [''] * rows, [False] * rows, 0, []
+    decoders = [codecs.getincrementaldecoder('utf-8')(errors='replace') for _ in texts]  # a token may end within a character
+    longest = max((len(s) for s in stops), default=0)
+    if stream:
+        print(start, end='', flush=True)
+    with ctx:
+        for new in model.stream(torch.tensor([prompt] * rows, device=device), max_new_tokens, temperature, top_k,
+                                top_p if top_p < 1 else None, tokenizer.vocab_size):
+            new_tokens.append(new)
+            if not (stops or stream):
+                continue  # looked at in the end, so that a GPU needn't wait for the host
+            for row, token in enumerate(new[:, 0].tolist()):
+                if not done[row]:
+                    seen = max(0, len(texts[row]) - longest)
+                    texts[row] += decoders[row].decode(tokenizer.decode_bytes([token]))
+                    ends = [texts[row].find(s, seen) for s in stops]
+                    if max(ends, default=-1) >= 0:
+                        texts[row], done[row] = texts[row][:min(end for end in ends if end >= 0)], True
+            if stream:  # but for what may turn out to be the beginning of a stop text
+                upto = len(texts[0]) - (0 if done[0] or not stops else longest - 1)
+                print(texts[0][printed:max(upto, printed)], end='', flush=True)
+                printed = max(upto, printed)
+            if all(done):
+                break
+    if new_tokens and not (stops or stream):
+        texts = [tokenizer.decode(ids) for ids in torch.cat(new_tokens, dim=1).tolist()]
+    for text in texts:
+        print(text[printed:] if stream else start + text)
+        print('-' * 15, flush=True)
+
+
+# as many rows at once as half of the free memory holds: each needs its keys and values, its prompt's activations and logits
+c = model.config
+row_bytes = 4 * (2 * c.n_layer * c.n_embd * min(block_size, len(prompt) + max_new_tokens)
+                 + 16 * c.n_embd * min(block_size, len(prompt)) + 4 * c.vocab_size)
+free = checks.free_memory(device)
+rows = 1 if stream else num_samples if free is None else max(1, min(num_samples, free // 2 // row_bytes))
+for first in range(0, num_samples, rows):
+    generate(min(rows, num_samples - first))

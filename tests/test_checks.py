@@ -1,0 +1,90 @@
+"""Checks that no script's test reaches on its own."""
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import checks
+
+
+def refused(capsys, function, *args):
+    with pytest.raises(SystemExit) as end:
+        function(*args)
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and said.startswith('error: ') and said.count('\n') == 1
+    return said
+
+
+def test_only_rank_0_speaks(capsys, monkeypatch):
+    monkeypatch.setenv('RANK', '1')
+    with pytest.raises(SystemExit):
+        checks.fail('no')
+    assert capsys.readouterr().err == ''
+
+
+@pytest.mark.parametrize('content, words', [(b'', '0 tokens'), (b'123', 'odd number'), (b'12' * 8, '8 tokens'), (b'\xff\xff' * 100, 'token id 65535')])
+def test_bins_that_cannot_be_trained_on(tmp_path, capsys, content, words):
+    (tmp_path / 'train.bin').write_bytes(content)
+    said = refused(capsys, checks.open_bin, str(tmp_path / 'train.bin'), 8, 1000)
+    assert words in said and 'train.bin' in said
+
+
+def test_a_bin_is_mapped_and_little_endian(tmp_path):
+    (tmp_path / 'train.bin').write_bytes(bytes([1, 0, 0, 1] * 10))
+    tokens = checks.open_bin(str(tmp_path / 'train.bin'), 8, 1000)
+    assert isinstance(tokens, np.memmap) and tokens[:4].tolist() == [1, 256, 1, 256] and not tokens.flags.writeable
+
+
+def test_dtype_by_device():
+    assert checks.choose_dtype('auto', 'mps')[0] == 'float32'
+    assert checks.choose_dtype('bfloat16', 'mps')[0] == 'bfloat16'
+    assert checks.choose_dtype('float16', 'mps')[0] == 'float32'
+    dtype, why = checks.choose_dtype('auto', 'cpu')
+    if not any(getattr(torch.cpu, f'_is_{name}_supported', lambda: False)() for name in ('amx_tile', 'avx512_bf16')):
+        assert dtype == 'float32'
+    assert why
+
+
+def test_device_under_torchrun(monkeypatch, capsys):
+    assert checks.choose_device('cpu', 3)[0] == 'cpu'
+    if not torch.cuda.is_available():
+        assert checks.choose_device('auto')[0] in ('cpu', 'mps', 'xpu:0')
+        assert 'not available' in refused(capsys, checks.choose_device, 'cuda')
+
+
+@pytest.mark.gpu
+def test_cuda_means_the_local_rank(monkeypatch, capsys):
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    for device in ('auto', 'cuda', 'cuda:5'):
+        assert checks.choose_device(device, 0)[0] == 'cuda:0'
+    assert 'at most' in refused(capsys, checks.choose_device, 'cuda', torch.cuda.device_count())
+
+
+def test_accumulation_names_the_nearest(capsys):
+    checks.check_accumulation(40, 8)
+    assert 'use 8 or 12' in refused(capsys, checks.check_accumulation, 10, 4)
+    assert refused(capsys, checks.check_accumulation, 1, 4).endswith('use 4\n')
+
+
+def test_datasets_are_found_by_path_and_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder in ('data/mine', 'here'):
+        os.makedirs(folder)
+        for split in ('train', 'val'):
+            open(os.path.join(folder, f'{split}.bin'), 'wb').close()
+    for name in ('mine', 'here', str(tmp_path / 'here'), './here'):
+        assert os.path.samefile(checks.find_data(name), tmp_path / ('data/mine' if name == 'mine' else 'here'))
+    assert 'data/text/prepare.py' in refused(capsys, checks.find_data, 'nothing')
+
+
+def test_memory_estimate_holds_16_bytes_a_parameter():
+    from model import GPTConfig
+    config = GPTConfig()
+    held, small = checks.training_bytes(1000, config, 1, 'bfloat16')
+    assert held == 16000 and checks.training_bytes(1000, config, 2, 'bfloat16')[1] == 2 * small < checks.training_bytes(1000, config, 2, 'float32')[1]
+
+
+def test_free_memory_is_known_on_linux():
+    free = checks.free_memory('cpu')
+    assert free is None or 2 ** 20 < free < 2 ** 50

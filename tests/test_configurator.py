@@ -1,0 +1,144 @@
+"""Knobs from config files and flags. Each case runs a script of its own, as users' scripts do."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, run_here
+
+SCRIPT = '''"""A script to configure."""
+import json
+import os
+import time
+
+# first
+batch_size = 12  # sequences # in a batch
+learning_rate = 6e-4
+eval_only = False  # a switch
+# second
+start = "#"  # the prompt
+compile = 'auto'
+total = 5 * 8
+_private = 1
+exec(open({configurator!r}, encoding='utf-8').read())
+assert config == {{k: globals()[k] for k in config}}
+print(json.dumps(config))
+'''
+
+
+def call(tmp_path, *args, **files):
+    script = tmp_path / 'script.py'
+    script.write_text(SCRIPT.format(configurator=os.path.join(ROOT, 'configurator.py')))
+    for name, text in files.items():
+        (tmp_path / f'{name}.py').write_text(text)
+    return subprocess.run([sys.executable, str(script), *args], cwd=tmp_path, capture_output=True, text=True)
+
+
+def config(tmp_path, *args, **files):
+    result = call(tmp_path, *args, **files)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def mistake(tmp_path, *args, **files):
+    result = call(tmp_path, *args, **files)
+    assert result.returncode == 1 and result.stdout == ''
+    assert result.stderr.startswith('error: ') and result.stderr.count('\n') == 1, result.stderr
+    return result.stderr
+
+
+@pytest.mark.parametrize('flag, expected', [
+    ('--batch_size=8', 8), ('--batch_size=1e3', 1000), ('--batch_size=0x10', 16), ('--batch_size=1_000', 1000), ('--batch_size=-1', -1),
+    ('--learning_rate=1', 1.0), ('--learning_rate=1e-3', 1e-3), ('--learning_rate=0', 0.0), ('--total=4', 4),
+    ('--eval_only', True), ('--eval_only=true', True), ('--eval_only=False', False), ('--eval_only=1', True), ('--eval_only=0', False),
+    ('--start=123', '123'), ('--start=a=b', 'a=b'), ('--start=', ''), ('--start=True', 'True'), (r'--start=\n', r'\n'),
+    (r'--start="a\nb"', 'a\nb'), ("--start='x'", 'x'), ("--start='a' and 'b'", "'a' and 'b'"), ("--start='a' 'b'", "'a' 'b'"),
+    ('--start="', '"'), ('--start=don\'t', "don't"), ('--start=#x', '#x'), ('--start=', ''),
+    ('--compile=False', False), ('--compile=true', True), ('--compile=auto', 'auto'),
+])
+def test_flags_are_read_by_the_type_of_the_default(tmp_path, flag, expected):
+    value = config(tmp_path, flag)[flag[2:].split('=')[0]]
+    assert value == expected and type(value) is type(expected)
+
+
+@pytest.mark.parametrize('flag, words', [
+    ('--batch_size=1.5', 'a whole number'), ('--batch_size=x', "'x'"), ('--batch_size=inf', 'a whole number'), ('--batch_size', 'needs a value'),
+    ('--learning_rate=fast', 'a number'), ('--learning_rate=nan', 'a number'), ('--eval_only=maybe', 'True or False'), ('--eval_only=2', 'True or False'),
+    ('--batchsize=8', 'did you mean --batch_size?'), ('--max_new_tokens=3', 'belongs to sample.py'), ('-batch_size=8', 'unknown knob'),
+    ('--_private=2', 'unknown knob'), ('nowhere.py', 'no config file nowhere.py'), ('train_gpt2.py', 'did you mean config/train_gpt2.py?'),
+])
+def test_mistakes_on_the_command_line(tmp_path, flag, words):
+    assert words in mistake(tmp_path, flag)
+
+
+def test_files_run_in_order_and_flags_come_last(tmp_path):
+    values = config(tmp_path, '--total=3', 'a.py', 'b.py', a='batch_size = 1\nstart = "a"\ntotal = 1', b='batch_size = batch_size + 1')
+    assert (values['batch_size'], values['start'], values['total']) == (2, 'a', 3)
+
+
+def test_files_may_compute_with_all_that_the_script_has(tmp_path):
+    text = '''
+import math
+head_size = 32
+_unused = 0
+def double(x):
+    twice = 2 * x
+    return twice
+batch_size = double(head_size) if os.path.exists('.') and time.time() else 0
+learning_rate = 1  # an int will do
+total = 1e2  # and so will a whole float
+n_embd = head_size  # train.py's: passed over
+min_lr = max_iters / 10  # of train.py's default
+compile = False
+'''
+    values = config(tmp_path, 'c.py', c=text)
+    assert values == {'batch_size': 64, 'learning_rate': 1.0, 'eval_only': False, 'start': '#', 'compile': False, 'total': 100}
+    assert isinstance(values['learning_rate'], float) and isinstance(values['total'], int)
+
+
+@pytest.mark.parametrize('text, words', [
+    ('batchsize = 8', 'unknown knob batchsize in c.py (did you mean batch_size?)'), ('batch_size = "8"', 'a whole number'),
+    ('batch_size = 1.5', 'a whole number'), ('eval_only = 1', 'True or False'), ('start = 1', 'a string'), ('batch_size = True', 'a whole number'),
+    ('compile = 3', "'auto' or its own type"), ('batch_size = 4\nif batch_size == 4\n    start = ""', 'c.py, line 2'),
+    ('if True:\n    lerning_rate: float = 1', 'learning_rate'),
+])
+def test_mistakes_in_files(tmp_path, text, words):
+    assert words in mistake(tmp_path, 'c.py', c=text)
+
+
+def test_all_mistakes_are_told_at_once(tmp_path):
+    said = mistake(tmp_path, 'c.py', '--total=x', '--nothing=1', c='batchsize = 8')
+    assert 'batchsize' in said and '--total' in said and '--nothing' in said
+
+
+def test_an_error_in_a_file_keeps_its_traceback(tmp_path):
+    result = call(tmp_path, 'c.py', c='start = undefined_name')
+    assert result.returncode == 1 and 'Traceback' in result.stderr and 'c.py", line 1' in result.stderr
+
+
+def test_help_shows_default_value_and_comment_by_group(tmp_path):
+    result = call(tmp_path, 'c.py', '--help', c='batch_size = 3')
+    lines = result.stdout.splitlines()
+    assert result.returncode == 0 and lines[0] == 'A script to configure.'
+    assert lines.index('first') < lines.index('second')
+    line = next(line for line in lines if '--batch_size' in line)
+    assert 'batch_size=12' in line and 'now 3' in line and line.endswith('sequences # in a batch')
+    assert any('--start=\'#\'' in line and line.endswith('the prompt') for line in lines)
+    assert '_private' not in result.stdout
+
+
+def test_helpers_of_one_script_do_not_leak_into_another(tmp_path):
+    # train.py's knobs that a file sets must not appear in a script that has no such knob
+    result = call(tmp_path, 'c.py', c='max_iters = 5')
+    assert result.returncode == 0 and 'max_iters' not in json.loads(result.stdout)
+
+
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'bench.py', *(f'data/{d}/prepare.py' for d in (
+    'shakespeare_char', 'shakespeare', 'python_char', 'openwebtext', 'text'))])
+def test_every_script_has_help(script, tmp_path):
+    text = run_here(script, '--help', cwd=tmp_path).stdout
+    with open(os.path.join(ROOT, script), encoding='utf-8') as f:
+        assert f.read().split('\n')[1] in text  # its docstring
+    for line in text.splitlines():
+        assert not line.startswith('  --') or '=' in line

@@ -1,0 +1,127 @@
+"""Hugging Face's GPT-2 against ours: same logits, same text, and no memory wasted on the way."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY, run
+
+from model import GPT
+
+
+def save_gpt2(folder, dtype=torch.float32, shard='1GB', **options):
+    """A small random GPT-2 as transformers saves it; returns its model."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    hf = GPT2LMHeadModel(GPT2Config(**{**dict(vocab_size=100, n_positions=32, n_embd=48, n_layer=3, n_head=4), **options})).eval()
+    for p in hf.parameters():  # biases too, and predictions far from uniform
+        p.data.normal_(std=0.2)
+    hf.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    return hf.float()
+
+
+@pytest.mark.parametrize('options', [{}, {'dtype': torch.bfloat16}, {'shard': '50KB'}, {'activation_function': 'gelu'}])
+def test_logits_and_greedy_text_are_transformers(tmp_path, options):
+    hf = save_gpt2(tmp_path, **options)
+    assert len([f for f in os.listdir(tmp_path) if f.endswith('.safetensors')]) > 1 or 'shard' not in options
+    model = GPT.from_pretrained(str(tmp_path)).eval()
+    x = torch.randint(100, (2, 32))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, x)[0], hf(x).logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model.generate(x[:, :5], 20, temperature=0),
+                       hf.generate(x[:, :5], attention_mask=torch.ones(2, 5), max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=None))
+    assert all(p.dtype == torch.float32 and p.requires_grad and p.is_contiguous() for p in model.parameters())
+
+
+def test_the_wrong_gelu_would_be_noticed(tmp_path):
+    # what nanoGPT does: the exact GELU under weights that were trained with the tanh one
+    hf = save_gpt2(tmp_path)
+    model = GPT.from_pretrained(str(tmp_path)).eval()
+    for block in model.transformer.h:
+        block.mlp.gelu.approximate = 'none'
+    x = torch.randint(100, (2, 32))
+    assert (model(x, x)[0] - hf(x).logits).abs().max() > 1e-4
+
+
+def test_dropout_alone_can_be_overridden(tmp_path):
+    save_gpt2(tmp_path)
+    assert GPT.from_pretrained(str(tmp_path), dict(dropout=0.3)).transformer.drop.p == 0.3
+    with pytest.raises(ValueError, match='n_layer'):
+        GPT.from_pretrained(str(tmp_path), dict(n_layer=2))
+
+
+@pytest.mark.parametrize('change', [{'model_type': 'llama'}, {'activation_function': 'relu'}, {'n_inner': 7}, {'scale_attn_by_inverse_layer_idx': True},
+                                    {'tie_word_embeddings': False}, {'n_embd': None}])
+def test_what_is_no_gpt2_is_refused(tmp_path, change, capsys):
+    save_gpt2(tmp_path)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    config.update(change)
+    if config['n_embd'] is None:
+        del config['n_embd']
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        GPT.from_pretrained(str(tmp_path))
+    assert next(iter(change)) in capsys.readouterr().err
+
+
+def test_damaged_weights_are_refused(tmp_path, capsys):
+    save_gpt2(tmp_path)
+    path = tmp_path / 'model.safetensors'
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(SystemExit):
+        GPT.from_pretrained(str(tmp_path))
+    path.unlink()
+    with pytest.raises(SystemExit):
+        GPT.from_pretrained(str(tmp_path))
+    said = capsys.readouterr().err
+    assert 'no readable safetensors file' in said and 'has no .safetensors file' in said
+
+
+def test_the_hub_out_of_reach_is_said_in_one_line(tmp_path):
+    out = run('sample.py', '--init_from=gpt2', ok=False, HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE='1')
+    assert 'could not be fetched' in out.stderr and '--init_from=FOLDER' in out.stderr
+
+
+MEMORY = '''
+import sys, threading, torch, safetensors, convert
+from model import GPT
+def status(key):
+    return next(int(line.split()[1]) * 1024 for line in open('/proc/self/status') if line.startswith(key))
+GPT.from_pretrained(sys.argv[1] + '/small')  # whatever the first call loads is not the weights
+before = status('VmRSS')
+open('/proc/self/clear_refs', 'w').write('5')  # resets the peak
+model = GPT.from_pretrained(sys.argv[1] + '/large')
+print((status('VmHWM') - before) / (4 * model.get_num_params(False)))
+'''
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='needs /proc/self/clear_refs to measure peak memory')
+def test_import_holds_the_weights_once(tmp_path):
+    save_gpt2(tmp_path / 'small')
+    save_gpt2(tmp_path / 'large', n_embd=512, n_layer=16, n_head=8, vocab_size=2000)  # 206 MB
+    out = subprocess.run([sys.executable, '-c', MEMORY, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 0.9 < float(out.stdout) < 1.3, out.stdout
+
+
+def test_finetuning_and_sampling_from_a_folder(tmp_path, bpe):
+    save_gpt2(tmp_path / 'hf', vocab_size=50257)
+    text = tmp_path / 'text.txt'
+    text.write_text('To be, or not to be, that is the question.\n' * 60)
+    run('data/text/prepare.py', f'--input={text}', '--tokenizer=gpt2', f'--out_dir={tmp_path / "data"}')
+    args = [a for a in TINY if not a.startswith('--n_')]
+    out = run('train.py', *args, f'--init_from={tmp_path / "hf"}', f'--dataset={tmp_path / "data"}', f'--out_dir={tmp_path / "out"}', '--max_iters=3').stdout
+    assert f'from {tmp_path / "hf"}' in out and 'iter 2: loss' in out
+    assert torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)['gelu'] == 'tanh'
+    from checkpoint import build_model, load_best
+    assert build_model(load_best(str(tmp_path / 'out'))[0]).transformer.h[0].mlp.gelu.approximate == 'tanh'
+    for source in (['--init_from=resume', f'--out_dir={tmp_path / "out"}'], [f'--init_from={tmp_path / "hf"}']):
+        out = run('sample.py', *source, '--start=To be', '--num_samples=2', '--max_new_tokens=8', '--device=cpu')
+        assert out.stdout.count('-' * 15 + '\n') == 2 and out.stdout.startswith('To be') and 'GPT-2 BPE' in out.stderr
+
+
+def test_gpt2_weights_do_not_fit_a_char_dataset(tmp_path, char_data):
+    save_gpt2(tmp_path)
+    out = run('train.py', f'--init_from={tmp_path}', f'--dataset={char_data}', '--device=cpu', ok=False)
+    assert 'vocabulary' in out.stderr

@@ -1,0 +1,190 @@
+"""The model against nanoGPT's recorded numbers, and against itself where it takes another path to the same ones."""
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from model import GPT, GPTConfig, KVCache, peak_flops, sample
+
+CASES = range(3)
+
+
+def by_formula(case, variant):
+    """A model with the weights of golden/nanogpt.json's `fill`."""
+    model = GPT(GPTConfig(**case['config']))
+    for name, p in model.named_parameters():
+        w = torch.sin(0.37 * torch.arange(p.numel(), dtype=torch.float64) + sum(map(ord, name)) % 97 + 13 * variant)
+        w = 1 + 0.1 * w if '.ln_' in name and name.endswith('weight') else 0.2 * w
+        p.data.copy_(w.view_as(p))
+    return model, torch.tensor(case['batch']['x']), torch.tensor(case['batch']['y'])
+
+
+def small(**options):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32), **options})).eval()
+    for p in model.parameters():  # away from the initial, nearly uniform predictions
+        p.data *= 4
+    return model
+
+
+@pytest.mark.parametrize('n', CASES)
+def test_logits_and_loss(golden, n):
+    case = golden['cases'][n]
+    model, x, y = by_formula(case, golden['variant'])
+    logits, loss = model(x, y)
+    assert list(logits.shape) == case['logits_shape']
+    torch.testing.assert_close(loss.item(), case['loss'], rtol=1e-5, atol=0)
+    torch.testing.assert_close(logits[0, 0, :8].tolist(), case['logits_first_row'], rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(logits[-1, -1, :8].tolist(), case['logits_last_row'], rtol=1e-5, atol=2e-6)
+    last, none = model(x)
+    assert list(last.shape) == case['inference_logits_shape'] and none is None
+    torch.testing.assert_close(last[:, 0], logits[:, -1])
+
+
+@pytest.mark.parametrize('n', CASES)
+def test_keys_sizes_and_flops(golden, n):
+    case = golden['cases'][n]
+    model, _, _ = by_formula(case, golden['variant'])
+    assert sorted(model.state_dict()) == case['state_dict_keys']
+    assert model.get_num_params() == case['num_params'] and model.get_num_params(non_embedding=False) == case['num_params_all']
+    assert model.flops_per_token() * model.config.block_size == case['flops_per_fwdbwd']
+
+
+@pytest.mark.parametrize('n', CASES)
+def test_adamw_trajectory(golden, n):
+    case, facts = golden['cases'][n], golden['cases'][n]['adamw']
+    model, x, y = by_formula(case, golden['variant'])
+    optimizer = model.configure_optimizers(facts['weight_decay'], facts['lr'], facts['betas'], 'cpu')
+    assert [len(g['params']) for g in optimizer.param_groups] == [case['decayed'], case['undecayed']]
+    for loss_then, norm_then in zip(facts['losses'], facts['grad_norms']):
+        _, loss = model(x, y)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), facts['grad_clip'])
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.testing.assert_close((loss.item(), norm.item()), (loss_then, norm_then), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize('n', CASES)
+def test_greedy_tokens_beyond_the_block(golden, n):
+    case = golden['cases'][n]
+    model, _, _ = by_formula(case, golden['variant'])
+    prompt = torch.tensor([case['greedy_prompt']])
+    for how in (dict(top_k=1), dict(temperature=0)):
+        assert model.generate(prompt, 40, **how)[0].tolist() == case['greedy_40']
+
+
+def test_gpt2_sizes(golden):
+    for size in golden['gpt2_sizes'].values():
+        with torch.device('meta'):
+            model = GPT(GPTConfig(1024, 50257, size['n_layer'], size['n_head'], size['n_embd'], 0.0, True))
+        assert model.get_num_params(False) == size['parameters'] and model.get_num_params() == size['non_embedding']
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_cache_gives_the_same_tokens_as_no_cache(bias):
+    model = small(bias=bias)
+    idx = prompt = torch.randint(50, (3, 5))
+    for _ in range(30):  # past block_size: 16
+        logits, _ = model(idx[:, -16:])
+        idx = torch.cat((idx, logits[:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(model.generate(prompt, 30, temperature=0), idx)
+
+
+def test_cached_logits_in_bfloat16():
+    # each step rounds to 8 bits of mantissa, in another order than the whole context at once
+    model = small().bfloat16()
+    idx, cache = torch.randint(50, (2, 16)), KVCache(2, 16)
+    model(idx[:, :4], kv_cache=cache)
+    for t in range(4, 16):
+        cached, _ = model(idx[:, t:t + 1], kv_cache=cache)
+        whole, _ = model(idx[:, :t + 1])
+        assert (cached - whole).abs().max() < 0.05 * whole.abs().max()
+
+
+def test_cache_takes_one_token_a_step():
+    model, cache = small(), KVCache(2, 16)
+    model(torch.zeros(1, 3, dtype=torch.long), kv_cache=cache)
+    with pytest.raises(AssertionError):
+        model(torch.zeros(1, 2, dtype=torch.long), kv_cache=cache)
+
+
+def test_long_prompts_and_no_tokens():
+    model = small()
+    prompt = torch.randint(50, (1, 40))
+    out = model.generate(prompt, 3, temperature=0)
+    assert out.shape == (1, 43) and torch.equal(out[:, :40], prompt)
+    assert torch.equal(out[:, 40:], model.generate(prompt[:, -16:], 3, temperature=0)[:, 16:])
+    assert torch.equal(model.generate(prompt, 0), prompt)
+    with pytest.raises(ValueError, match='17 tokens'):
+        model(torch.zeros(1, 17, dtype=torch.long))
+
+
+def test_targets_of_minus_one_are_ignored():
+    model = small()
+    x, y = torch.randint(50, (2, 8)), torch.randint(50, (2, 8))
+    logits, _ = model(x, y)
+    masked = y.clone()
+    masked[:, :5] = -1
+    expected = F.cross_entropy(logits[:, 5:].reshape(-1, 50), y[:, 5:].reshape(-1))
+    torch.testing.assert_close(model(x, masked)[1], expected)
+
+
+def draws(n=40_000, **how):
+    torch.manual_seed(0)
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0, 9.0]])
+    counts = sample(logits.expand(n, -1), vocab_size=4, **how).flatten().bincount(minlength=5) / n
+    return counts, torch.tensor([0.0, 1.0, 2.0, 3.0])
+
+
+def assert_frequencies(counts, probs):
+    sigma = (probs * (1 - probs) / 40_000).sqrt()
+    assert ((counts - F.pad(probs, (0, 1))).abs() <= F.pad(4.5 * sigma, (0, 1))).all(), (counts, probs)
+
+
+def test_sampling_frequencies():
+    counts, logits = draws()
+    assert_frequencies(counts, logits.softmax(0))
+    counts, logits = draws(temperature=0.5)
+    assert_frequencies(counts, (logits / 0.5).softmax(0))
+    counts, logits = draws(top_k=2)
+    assert_frequencies(counts, torch.tensor([-math.inf, -math.inf, 2, 3]).softmax(0))
+    counts, logits = draws(top_p=0.65)  # the likeliest alone has 0.64
+    assert_frequencies(counts, torch.tensor([-math.inf, -math.inf, 2, 3]).softmax(0))
+    counts, logits = draws(top_p=0.63)
+    assert counts.tolist() == [0, 0, 0, 1, 0]
+    counts, logits = draws(top_k=100, top_p=1.0)
+    assert_frequencies(counts, logits.softmax(0))
+
+
+def test_initialisation():
+    model = GPT(GPTConfig(vocab_size=500, n_layer=8, n_head=4, n_embd=256))
+    for name, p in model.named_parameters():
+        if name.endswith('bias'):
+            assert (p == 0).all()
+        elif '.ln_' in name:
+            assert (p == 1).all()
+        else:
+            expected = 0.02 / math.sqrt(16) if name.endswith('c_proj.weight') else 0.02
+            assert abs(p.std().item() / expected - 1) < 0.02 and abs(p.mean().item()) < 0.03 * expected, name
+
+
+def test_crop_block_size():
+    model = small()
+    x = torch.randint(50, (1, 8))
+    before, _ = model(x)
+    model.crop_block_size(8)
+    assert model.config.block_size == 8 and model.transformer.wpe.weight.untyped_storage().nbytes() == 8 * 32 * 4
+    torch.testing.assert_close(model(x)[0], before)
+    with pytest.raises(ValueError):
+        model.crop_block_size(9)
+
+
+def test_mfu_is_unknown_without_a_peak():
+    assert peak_flops(torch.device('cpu')) is None and small().estimate_mfu(1, 1.0) is None
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match='n_embd=30'):
+        GPTConfig(n_embd=30, n_head=4)

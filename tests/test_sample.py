@@ -1,0 +1,115 @@
+"""sample.py as people use it."""
+import os
+
+import pytest
+import torch
+from conftest import run, run_here
+
+LINE = '-' * 15 + '\n'
+
+
+def sample(trained, *args, **kw):
+    return run_here('sample.py', f'--out_dir={trained}', '--device=cpu', *args, **kw)
+
+
+def test_prompt_continuation_and_line_per_sample(trained):
+    out = sample(trained, '--start=12 and 13', '--num_samples=3', '--max_new_tokens=40')
+    samples = out.stdout.split(LINE)
+    assert len(samples) == 4 and samples[-1] == '' and all(s.startswith('12 and 13') for s in samples[:3])
+    assert all(len(s) == 9 + 40 + 1 for s in samples[:3]) and len(set(samples)) > 2
+    assert 'ckpt.pt, iteration 60, best val loss' in out.stderr and 'characters' in out.stderr
+    assert sample(trained, '--start=12 and 13', '--num_samples=3', '--max_new_tokens=40').stdout == out.stdout  # the seed decides
+    assert sample(trained, '--start=12 and 13', '--num_samples=3', '--max_new_tokens=40', '--seed=2').stdout != out.stdout
+
+
+def test_samples_by_the_checkpoint_alone(trained, tmp_path):
+    # the character table travels in the checkpoint: no data folder is looked for
+    os.makedirs(tmp_path / 'elsewhere')
+    os.link(os.path.join(trained, 'ckpt.pt'), tmp_path / 'elsewhere' / 'ckpt.pt')
+    assert run('sample.py', '--out_dir=elsewhere', '--num_samples=1', '--max_new_tokens=5', cwd=tmp_path).stdout.endswith(LINE)
+
+
+def test_greedy_does_not_depend_on_seed_batch_or_streaming(trained):
+    args = ['--start=7 and', '--temperature=0', '--max_new_tokens=50', '--dtype=float32']  # beyond the block of 32
+    one = sample(trained, *args, '--num_samples=1').stdout
+    assert sample(trained, *args, '--num_samples=2', '--seed=5').stdout == 2 * one
+    assert sample(trained, *args, '--num_samples=2', '--stream').stdout == 2 * one
+    assert sample(trained, *args, '--num_samples=1', '--compile=True').stdout == one
+
+
+def test_stop_texts(trained):
+    args = ['--start=7 and', '--temperature=0', '--max_new_tokens=50', '--num_samples=2', '--dtype=float32']
+    whole = sample(trained, *args).stdout.split(LINE)[0].rstrip('\n')
+    first = whole.index('\n', 5)
+    for flags in (['--stop="\\n"'], [r"--stop=['zzz', '\n']"], [r"--stop=['\n', 'and zzz']", '--stream']):
+        assert sample(trained, *args, *flags).stdout == 2 * (whole[:first] + '\n' + LINE)
+    some = whole[8:12]
+    assert sample(trained, *args, f'--stop={some}').stdout.split('\n')[0] == (whole[:5] + whole[5:][:whole[5:].index(some)]).split('\n')[0]
+
+
+def test_prompts_from_files(trained, tmp_path):
+    (tmp_path / 'prompt.txt').write_text('1 and 2\n3')
+    assert sample(trained, '--start=FILE:prompt.txt', '--num_samples=1', '--max_new_tokens=0', cwd=tmp_path).stdout == '1 and 2\n3\n' + LINE
+    (tmp_path / 'empty.txt').write_text('')
+    (tmp_path / 'latin.txt').write_bytes(b'\xe9t\xe9')
+    for name, words in (('none.txt', 'cannot be read'), ('empty.txt', 'empty'), ('latin.txt', 'not UTF-8')):
+        assert words in sample(trained, f'--start=FILE:{name}', cwd=tmp_path, ok=False).stderr
+
+
+@pytest.mark.parametrize('flag, words', [
+    ('--start=12 & 13', "characters '&' are not in the vocabulary"), ('--temperature=-1', 'temperature=-1'), ('--top_k=-1', 'top_k=-1'),
+    ('--top_p=0', 'top_p=0'), ('--top_p=1.1', 'top_p=1.1'), ('--num_samples=0', 'num_samples=0'), ('--max_new_tokens=-1', 'max_new_tokens=-1'),
+    ('--stop=[1]', 'stop='), ('--init_from=gpt9', "'gpt9'"), ('--out_dir=nowhere', 'no checkpoint'), ('--start=', 'empty'),
+])
+def test_mistakes(trained, flag, words):
+    assert words in sample(trained, flag, ok=False).stderr
+
+
+def test_options_reach_the_sampling(trained):
+    args = ['--start=7 and', '--num_samples=1', '--max_new_tokens=40', '--dtype=float32']
+    greedy = sample(trained, *args, '--temperature=0').stdout
+    assert sample(trained, *args, '--top_k=1').stdout == greedy and sample(trained, *args, '--top_p=1e-9').stdout == greedy
+    assert sample(trained, *args, '--top_k=0', '--temperature=5').stdout != greedy
+
+
+def test_padded_ids_are_never_drawn(tmp_path):
+    # an embedding of 64 rows for 3 characters, whose untrained rows are far the likeliest
+    from checkpoint import save
+    from model import GPT, GPTConfig
+    model = GPT(GPTConfig(8, 64, 1, 1, 8, 0.0, False))
+    model.transformer.wte.weight.data[3:] *= 100
+    args = dict(n_layer=1, n_head=1, n_embd=8, block_size=8, bias=False, vocab_size=64, dropout=0.0)
+    meta = {'vocab_size': 3, 'stoi': {'a': 0, 'b': 1, 'c': 2}, 'itos': {0: 'a', 1: 'b', 2: 'c'}}
+    save(dict(model=model.state_dict(), model_args=args, iter_num=0, meta=meta), str(tmp_path))
+    out = sample(tmp_path, '--start=a', '--num_samples=20', '--max_new_tokens=20').stdout
+    assert set(out) == set('abc\n-')
+
+
+def test_a_long_prompt_is_printed_whole(trained):
+    prompt = '1 and 2 make 3. ' * 4
+    out = sample(trained, f'--start={prompt}', '--num_samples=1', '--max_new_tokens=3')
+    assert out.stdout.startswith(prompt) and 'sees its last 32' in out.stderr
+
+
+def test_characters_beyond_a_token(tmp_path, bpe):
+    # GPT-2's ids cut characters into bytes: streamed or not, the text is the same
+    from checkpoint import save
+    from model import GPT, GPTConfig
+    from tokenizer import GPT2Tokenizer
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(16, 50304, 1, 1, 8, 0.0, False))
+    ids = GPT2Tokenizer().encode('日本語')
+    model.transformer.wpe.weight.data.zero_()
+    for block in model.transformer.h:
+        for p in block.parameters():
+            p.data.zero_()  # the logits depend on the last token alone
+    wte = model.transformer.wte.weight.data
+    wte.zero_()
+    # five directions, so that token i is followed by token i + 1
+    directions = torch.eye(8)
+    args = dict(n_layer=1, n_head=1, n_embd=8, block_size=16, bias=False, vocab_size=50304, dropout=0.0)
+    wte[ids[0]], wte[ids[1]] = directions[0], directions[1] + 2 * directions[0]
+    save(dict(model=model.state_dict(), model_args=args, iter_num=0), str(tmp_path))
+    flags = ['--start=日', '--temperature=0', '--max_new_tokens=6', '--num_samples=1']
+    whole, streamed = sample(tmp_path, *flags).stdout, sample(tmp_path, *flags, '--stream').stdout
+    assert whole.startswith('日') and streamed.replace('\ufffd', '') == whole.replace('\ufffd', '')

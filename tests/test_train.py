@@ -1,0 +1,205 @@
+"""The training loop: its helpers on their own, and runs of the script as people start them."""
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, functions_of, metrics, run, run_here
+
+
+def test_learning_rates_are_nanogpts(golden):
+    for schedule in golden['lr_schedules']:
+        rates = schedule.pop('lr')
+        get_lr, = functions_of('train.py', 'get_lr', math=math, **schedule)
+        for it, lr in rates.items():
+            assert get_lr(int(it)) == pytest.approx(lr, rel=1e-12), it
+        schedule['lr'] = rates
+
+
+@pytest.mark.parametrize('warmup, decay', [(100, 100), (100, 5)])
+def test_a_trial_shorter_than_its_warmup(warmup, decay):
+    get_lr, = functions_of('train.py', 'get_lr', math=math, learning_rate=1.0, min_lr=0.1, warmup_iters=warmup, lr_decay_iters=decay)
+    assert get_lr(0) == 1 / 101 and get_lr(99) == 100 / 101 and get_lr(100) == 0.1
+
+
+def batches(data, world_size=1, rank=0, accumulation=4, batch_size=3, block_size=8, seed=1337):
+    """The micro-batches of train.py as {(iter_num, micro_step): (x, y)} over data."""
+    windows = {'train': np.lib.stride_tricks.sliding_window_view(data, block_size + 1)}
+    import checks
+
+    class raw_model:
+        class config:
+            vocab_size = 2 ** 16
+
+    get_micro_batch, _ = functions_of('train.py', 'get_micro_batch', 'get_batch', np=np, torch=torch, os=os, checks=checks, windows=windows, data_dir='',
+                                      raw_model=raw_model, device='cpu', device_type='cpu', seed=seed, gradient_accumulation_steps=accumulation,
+                                      batch_size=batch_size, ddp_world_size=world_size, ddp_rank=rank)
+    return {(it, m): get_micro_batch(it, m) for it in range(200) for m in range(accumulation // world_size)}
+
+
+def test_batches_are_a_function_of_seed_and_iteration():
+    data = np.arange(100, dtype=np.uint16)
+    one = batches(data)
+    for (it, m), (x, y) in one.items():
+        assert x.shape == y.shape == (3, 8) and x.dtype == torch.int64
+        assert torch.equal(x + 1, y) and torch.equal(x, x[:, :1] + torch.arange(8))  # targets are the next tokens
+    # the same on two ranks, where each takes every other micro-batch, and with the iteration cut up otherwise
+    for rank in (0, 1):
+        for (it, m), (x, y) in batches(data, world_size=2, rank=rank).items():
+            assert torch.equal(x, one[it, 2 * m + rank][0])
+    for it, m in [(0, 0), (7, 1)]:
+        x, _ = batches(data, accumulation=2, batch_size=6)[it, m]
+        assert torch.equal(x, torch.cat((one[it, 2 * m][0], one[it, 2 * m + 1][0])))
+    assert not torch.equal(batches(data, seed=1)[0, 0][0], one[0, 0][0]) and not torch.equal(one[1, 0][0], one[0, 0][0])
+    # every start that leaves room for a target, and about equally often: 2,400 draws of 92
+    counts = torch.cat([x[:, 0] for x, _ in one.values()]).bincount(minlength=92)
+    assert len(counts) == 92 and (counts - 26.1).abs().max() < 5 * 26.1 ** 0.5
+
+
+def test_loss_falls(trained):
+    evals = metrics(trained, 'eval')
+    assert [e['iter'] for e in evals] == [0, 30, 60]
+    # 14 characters: uniform guesses cost 2.6 nats
+    assert evals[0]['val/loss'] > 2.4 and evals[-1]['val/loss'] < evals[0]['val/loss'] - 1.0
+    assert [e['iter'] for e in metrics(trained, 'iter')] == list(range(60))  # exactly max_iters updates
+    head, = metrics(trained, 'run')
+    assert head['config']['n_embd'] == 32 and head['argv'] and head['torch'] == torch.__version__
+    state = torch.load(os.path.join(trained, 'ckpt.pt'), weights_only=True)
+    assert state['iter_num'] == 60 and state['best_val_loss'] == min(e['val/loss'] for e in evals)
+
+
+def test_lines_people_parse(char_data, tmp_path):
+    out = run('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={tmp_path}', '--max_iters=2', '--eval_interval=2').stdout
+    lines = out.splitlines()
+    pattern = [line for line in lines if line.startswith(('step ', 'iter '))]
+    assert [line.split(':')[0] for line in pattern] == ['step 0', 'iter 0', 'iter 1', 'step 2']
+    import re
+    assert re.fullmatch(r'step 0: train loss \d\.\d{4}, val loss \d\.\d{4}', pattern[0])
+    assert re.match(r'iter 0: loss \d\.\d{4}, time \d+\.\d\dms, mfu n/a', pattern[1])
+    assert '256 tokens/iter = 2 accumulation x 1 ranks x 4 batch x 32 block' in out and 'sample.py --out_dir' in lines[-1]
+
+
+def test_max_iters_0_evaluates_saves_and_exits(char_data, tmp_path):
+    out = run('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={tmp_path}', '--max_iters=0').stdout
+    assert 'step 0: train loss' in out and 'iter 0' not in out
+    assert torch.load(tmp_path / 'ckpt.pt', weights_only=True)['iter_num'] == 0
+
+
+def test_eval_only_evaluates_and_writes_nothing(trained, char_data, tmp_path):
+    out = run('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={tmp_path / "none"}', '--eval_only').stdout
+    assert 'step 0: train loss' in out and not (tmp_path / 'none').exists()
+    before = sorted(os.listdir(trained))
+    out = run('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={trained}', '--eval_only', '--init_from=resume', '--max_iters=60').stdout
+    val = metrics(trained, 'eval')[-1]['val/loss']
+    assert f'val loss {val:.4f}' in out and sorted(os.listdir(trained)) == before  # the fixed batches give the same loss
+
+
+def test_a_finished_run_says_so(trained, char_data):
+    out = run('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={trained}', '--init_from=auto', '--max_iters=60').stdout
+    assert 'is finished' in out and 'step' not in out
+
+
+def test_only_the_best_goes_to_ckpt(char_data, tmp_path):
+    # a learning rate that ruins the weights: what was best stays in ckpt.pt, the newest state goes beside it
+    args = [*TINY, f'--dataset={char_data}', f'--out_dir={tmp_path}', '--always_save_checkpoint=False', '--eval_interval=10']
+    run('train.py', *args, '--max_iters=20')
+    out = run('train.py', *args, '--max_iters=30', '--init_from=resume', '--learning_rate=100', '--decay_lr=False').stdout
+    assert 'ckpt_last.pt after 30 iterations' in out
+    best, last = (torch.load(tmp_path / name, weights_only=True) for name in ('ckpt.pt', 'ckpt_last.pt'))
+    assert best['iter_num'] == 20 and last['iter_num'] == 30 and last['best_val_loss'] == best['best_val_loss']
+    out = run('train.py', *args, '--max_iters=31', '--init_from=auto').stdout
+    assert 'at iteration 30' in out
+
+
+def test_compiling_gives_the_same_losses(char_data, tmp_path):
+    losses = []
+    for flag in ('True', 'False'):
+        run('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={tmp_path / flag}', '--max_iters=5', f'--compile={flag}')
+        losses.append([e['loss'] for e in metrics(tmp_path / flag, 'iter')])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert not any('_orig_mod' in k for k in torch.load(tmp_path / 'True' / 'ckpt.pt', weights_only=True)['model'])
+
+
+def test_bfloat16_on_a_cpu_is_honoured(char_data, tmp_path):
+    out = run('train.py', *TINY, '--dtype=bfloat16', f'--dataset={char_data}', f'--out_dir={tmp_path / "b"}', '--max_iters=5').stdout
+    assert 'bfloat16 (as asked)' in out
+    out = run('train.py', *TINY, '--dtype=float16', f'--dataset={char_data}', f'--out_dir={tmp_path / "f"}', '--max_iters=5').stdout
+    assert 'float32 (float16 needs CUDA' in out
+    bf16, f32 = ([e['loss'] for e in metrics(tmp_path / d, 'iter')] for d in 'bf')
+    assert bf16 != f32 and bf16 == pytest.approx(f32, abs=0.02)  # rounded, and close
+
+
+def test_an_explicit_configuration_of_nanogpts(char_data, tmp_path):
+    # what people have in their own files: cuda's backend, helper variables, a run name made of the time
+    (tmp_path / 'mine.py').write_text('import time\nhead_size = 16\nn_head = 2\nn_embd = n_head * head_size\nbackend = "nccl"\n'
+                                      'wandb_run_name = "ft-" + str(time.time())\ncompile = False\n')
+    out = run('train.py', 'mine.py', *[a for a in TINY if 'n_' not in a], '--n_layer=1', f'--dataset={char_data}', '--out_dir=out', '--max_iters=1',
+              cwd=tmp_path)
+    assert 'iter 0: loss' in out.stdout and (tmp_path / 'out' / 'ckpt.pt').exists()
+
+
+def test_wandb_offline(char_data, tmp_path):
+    # no key, no network and no mode set: it goes on offline and says so
+    out = run('train.py', *TINY, f'--dataset={char_data}', '--out_dir=out', '--max_iters=2', '--wandb_log=True', cwd=tmp_path,
+              WANDB_MODE='', WANDB_API_KEY='', NETRC=str(tmp_path / 'netrc'), HOME=str(tmp_path))
+    assert 'logs offline' in out.stdout and 'iter 1: loss' in out.stdout
+    assert any(name.startswith('offline-run') for name in os.listdir(tmp_path / 'wandb'))
+
+
+def test_wandb_is_imported_only_when_asked_for():
+    with open(os.path.join(ROOT, 'train.py'), encoding='utf-8') as f:
+        assert [line for line in f.read().splitlines() if 'import wandb' in line] == ['    import wandb']
+
+
+def test_without_arguments_it_says_what_to_do(tmp_path):
+    if os.path.exists(os.path.join(ROOT, 'data', 'openwebtext', 'train.bin')):
+        pytest.skip('openwebtext is prepared here: python train.py would train on it')
+    out = run('train.py', ok=False, cwd=tmp_path)
+    assert 'openwebtext is not prepared' in out.stderr and '54 GB' in out.stderr
+    assert 'data/openwebtext/prepare.py' in out.stderr and 'config/train_python_char.py' in out.stderr and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--n_embd=30', '--n_head=4'], 'n_embd=30 is not divisible by n_head=4'), (['--n_layer=0'], 'n_layer=0'), (['--batch_size=0'], 'batch_size=0'),
+    (['--dropout=1.5'], 'dropout=1.5'), (['--beta2=1'], 'beta2=1'), (['--eval_interval=0'], 'eval_interval=0'), (['--log_interval=0'], 'log_interval=0'),
+    (['--device=tpu9'], "'tpu9'"), (['--device=cuda:7'], 'cuda:7'), (['--dtype=int8'], "'int8'"), (['--compile=fast'], "'fast'"),
+    (['--init_from=gpt3'], "'gpt3'"), (['--init_from=resume'], 'no checkpoint'), (['--dataset=nowhere'], "no dataset 'nowhere'"),
+    (['--block_size=100000'], 'fewer than block_size + 1'), (['--learning_rate=-1'], 'learning_rate=-1'),
+])
+def test_mistakes_end_in_one_line_and_write_nothing(char_data, tmp_path, args, words):
+    if args == ['--device=cuda:7'] and torch.cuda.device_count() > 7:
+        pytest.skip('there is such a device')
+    out = run_here('train.py', f'--dataset={char_data}', '--device=cpu', '--out_dir=out', *args, ok=False, cwd=tmp_path)
+    assert words in out.stderr and not os.listdir(tmp_path)
+
+
+def test_resume_takes_its_shape_from_the_checkpoint(trained, char_data):
+    args = [*TINY, f'--dataset={char_data}', f'--out_dir={trained}', '--init_from=resume', '--eval_only']
+    assert 'overrules n_layer=5' in run_here('train.py', *args, '--n_layer=5').stdout
+    assert 'step 60' in run_here('train.py', *args, '--block_size=16').stdout  # a shorter context will do
+    assert 'block_size=64 is larger than the 32' in run_here('train.py', *args, '--block_size=64', ok=False).stderr
+
+
+def test_data_of_another_vocabulary_is_refused(trained, char_data, tmp_path):
+    (tmp_path / 'other.txt').write_text('abcdefghij' * 100)
+    run_here('data/text/prepare.py', f'--input={tmp_path / "other.txt"}', f'--out_dir={tmp_path / "other"}')
+    out = run_here('train.py', *TINY, f'--dataset={tmp_path / "other"}', f'--out_dir={trained}', '--init_from=resume', '--max_iters=70', ok=False)
+    assert 'another dataset' in out.stderr
+    # ids that the vocabulary doesn't have: at an end of the file before the first step, in its middle with the batch
+    for where, started in ((0, False), (5000, True)):
+        folder = tmp_path / str(where)
+        folder.mkdir()
+        for name in ('val.bin', 'meta.pkl'):
+            (folder / name).write_bytes(open(os.path.join(char_data, name), 'rb').read())
+        ids = np.fromfile(os.path.join(char_data, 'train.bin'), dtype=np.uint16)
+        ids[where:where + 5000] = 999
+        ids.tofile(folder / 'train.bin')
+        out = run_here('train.py', *TINY, f'--dataset={folder}', f'--out_dir={folder / "out"}', '--max_iters=3', ok=False)
+        assert 'token id 999' in out.stderr and 'train.bin' in out.stderr
+
+
+def test_metrics_are_json_lines(trained):
+    with open(os.path.join(trained, 'metrics.jsonl'), encoding='utf-8') as f:
+        assert [json.loads(line)['event'] for line in f][:2] == ['run', 'eval']
