@@ -121,9 +121,13 @@ def train_step():
     return loss.detach()
 
 
+t0 = time.perf_counter()
 for _ in range(WARMUP_STEPS):
     loss = train_step()
-synchronize()
+    synchronize()
+    if time.perf_counter() - t0 > MAX_SECONDS:
+        break  # a step of this length has nothing to warm up
+print(f'warmed up in {time.perf_counter() - t0:.1f} s')
 times, profiler = [], None
 if profile:
     profiler = torch.profiler.profile()

@@ -10,7 +10,7 @@ import zipfile
 
 import torch
 
-from checks import fail
+from checks import fail, warn
 from model import GPT, GPTConfig
 
 BEST, LAST = 'ckpt.pt', 'ckpt_last.pt'
@@ -77,7 +77,7 @@ def _first_readable(out_dir, newest):
             try:
                 found.append((load(path), path))
             except ValueError as e:
-                print(f'warning: {e}', flush=True)
+                warn(str(e))
     if not found:
         fail(f'no checkpoint that can be read in {out_dir}', 'train first, or name the run\'s folder with --out_dir')
     return max(found, key=lambda pair: pair[0]['iter_num'])
@@ -99,9 +99,12 @@ def build_model(state, dropout=0.0):
 def load_optimizer(optimizer, state):
     """Puts a checkpoint's optimizer state, ours or nanoGPT's, into an optimizer over the same parameters.
 
-    What says how rather than what is computed (fused, foreach, ...) stays as it is here: it depends on the device.
+    What says how rather than what is computed (fused, foreach, ...) stays as it is here: it depends on the device. The
+    moments of a table that was cropped since, by a shorter block_size, are cropped alike.
     """
     how = [{k: group[k] for k in ('fused', 'foreach', 'capturable')} for group in optimizer.param_groups]
     optimizer.load_state_dict(copy.deepcopy(state))  # a copy: the file may change or go
     for group, ours in zip(optimizer.param_groups, how):
         group.update(ours)
+    for p, moments in optimizer.state.items():
+        moments.update({k: m[:len(p)].clone() for k, m in moments.items() if m.dim() and m.shape != p.shape})

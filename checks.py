@@ -20,6 +20,12 @@ def fail(what, remedy=''):
     sys.exit(1)
 
 
+def warn(text):
+    """One line on stderr, from rank 0, about what the run goes on without."""
+    if os.environ.get('RANK', '0') == '0':
+        print(f'warning: {text}', file=sys.stderr, flush=True)
+
+
 # knob: (lowest, highest, whether the lowest itself is allowed); None is no bound
 RANGES = {
     **dict.fromkeys(('n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'gradient_accumulation_steps',

@@ -103,7 +103,7 @@ if init_from == 'scratch':
     model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
     origin = 'from scratch'
 elif init_from == 'resume':
-    state, path = checkpoint.load_newest(out_dir)
+    state, path = checkpoint.load_best(out_dir) if eval_only else checkpoint.load_newest(out_dir)
     checks.check_vocabulary(meta, state, data_dir, path)
     model = checkpoint.build_model(state, dropout)
     iter_num, best_val_loss = state['iter_num'], float(state.get('best_val_loss', math.inf))
@@ -229,10 +229,10 @@ def start_wandb():
     try:
         offline = not (os.environ.get('WANDB_MODE') or wandb.api.api_key)
         if offline:
-            print('warning: wandb has no API key, so it logs offline; wandb login, then wandb sync, uploads the run')
+            checks.warn('wandb has no API key, so it logs offline; wandb login, then wandb sync, uploads the run')
         return wandb.init(project=wandb_project, name=wandb_run_name, config=config, mode='offline' if offline else None)
     except Exception as e:  # whatever it is, it's no reason not to train
-        print(f'warning: wandb could not start ({e}), so it logs offline')
+        checks.warn(f'wandb could not start ({e}), so it logs offline')
         return wandb.init(project=wandb_project, name=wandb_run_name, config=config, mode='offline')
 
 
