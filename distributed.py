@@ -4,11 +4,17 @@ torch.distributed, and nothing else: which rank this is, one model over all rank
 With one process every function here does nothing.
 """
 import os
+from collections import deque
 from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+
+
+# a thread of gloo's may hold on to a tensor for a moment after all_reduce has returned; if its reference is the last one
+# and Python is shutting down, the process aborts (seen once in 20 short runs). So the latest ones are kept here
+_reduced = deque(maxlen=16)
 
 
 def ranks():
@@ -52,16 +58,12 @@ def total(tensor):
     if dist.is_initialized():
         tensor = tensor.clone()
         dist.all_reduce(tensor)
+        _reduced.append(tensor)
     return tensor
 
 
-def barrier():
-    """Waits for all ranks."""
+def shutdown():
+    """Leaves the process group, together with the other ranks."""
     if dist.is_initialized():
         dist.barrier()
-
-
-def shutdown():
-    """Leaves the process group."""
-    if dist.is_initialized():
         dist.destroy_process_group()

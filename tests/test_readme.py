@@ -27,7 +27,7 @@ def commands():
                     yield page, shlex.split(re.split(r'\s{3,}', command)[0])
 
 
-@pytest.mark.parametrize('page, words', commands(), ids=lambda v: v if isinstance(v, str) else ' '.join(v)[:80])
+@pytest.mark.parametrize('page, words', list(commands()), ids=lambda v: v if isinstance(v, str) else ' '.join(v)[:80])
 def test_a_command(page, words):
     if words[1] == '-m':
         assert words[2] in ('venv', 'pytest')
@@ -64,7 +64,7 @@ def test_files_and_knobs_named_exist():
         assert os.path.exists(os.path.join(ROOT, line.split()[0])), line
     every = {name for script in ('train.py', 'sample.py', 'bench.py') for name in knobs(script)}
     for name in re.findall(r'`--(\w+)[=`]', text):
-        assert name in every or name == 'help', name
+        assert name in every or name in ('help', 'key'), name
 
 
 def test_nothing_is_left_to_fill_in():
