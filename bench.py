@@ -47,13 +47,13 @@ MAX_STEPS, MAX_SECONDS, MIN_STEPS, WARMUP_STEPS = 20, 20, 3, 2
 
 def synchronize():
     if device_type != 'cpu':
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(device)
 
 
 def peak_memory():
     """Bytes that this process has had at most, on the device (a CPU: resident); None where the system doesn't say."""
     if device_type == 'cuda':
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     try:
         import resource  # not on Windows
     except ImportError:
@@ -86,22 +86,28 @@ torch.manual_seed(seed)
 torch.set_float32_matmul_precision('high')  # TF32 where the hardware has it
 ctx = nullcontext() if dtype == 'float32' else torch.autocast(device_type, dtype=getattr(torch, dtype))
 
-data_dir = checks.locate_data(dataset) if real_data else None
+data_dir = checks.locate_data(dataset)
 meta = read_meta(data_dir) if data_dir else None
 vocab_size = meta['vocab_size'] if meta else 50304
-if data_dir:
+if data_dir and real_data:
     tokens = checks.open_bin(os.path.join(data_dir, 'train.bin'), block_size, vocab_size)
 else:
     tokens = np.random.default_rng(seed).integers(0, vocab_size, 2 ** 20).astype(np.uint16)
-print(f'data: {data_dir or "random tokens" + (f", as {dataset} is not prepared" if real_data else "")}')
+print('data: ' + ('random tokens' if not real_data else data_dir or f'random tokens, as {dataset} is not prepared'))
 print(f'machine: {device} ({device_why}), {dtype} ({dtype_why}), {"compiled" if compile else "not compiled"} ({compile_why}), '
       f'{torch.get_num_threads()} CPU threads, torch {torch.__version__}')
 
 model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)).to(device)
+free, asked = checks.free_memory(device), batch_size
+while free and batch_size > 1 and sum(checks.training_bytes(model.get_num_params(False), model.config, batch_size, dtype)) > free:
+    batch_size //= 2
+if batch_size < asked:
+    print(f'memory: batch_size={asked} would not fit into the {free / 2 ** 30:.1f} GiB that are free, so it is {batch_size}')
 optimizer = model.configure_optimizers(1e-2, 1e-4, (0.9, 0.95), device_type)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
 step_model = torch.compile(model) if compile else model
-print(f'model: {model.get_num_params() / 1e6:.2f}M parameters, {n_layer} layers, {n_embd} wide; batch {batch_size} x {block_size} tokens')
+print(f'model: {model.get_num_params() / 1e6:.2f}M parameters, {n_layer} layers, {n_embd} wide, vocabulary {vocab_size}; '
+      f'batch {batch_size} x {block_size} tokens')
 rng = np.random.default_rng(seed)
 
 
@@ -121,6 +127,7 @@ def train_step():
     return loss.detach()
 
 
+print('warming up', flush=True)
 t0 = time.perf_counter()
 for _ in range(WARMUP_STEPS):
     loss = train_step()
@@ -130,6 +137,7 @@ for _ in range(WARMUP_STEPS):
 print(f'warmed up in {time.perf_counter() - t0:.1f} s')
 times, profiler = [], None
 if profile:
+    checks.make_folder(out_dir)
     profiler = torch.profiler.profile()
     profiler.start()
 while len(times) < MIN_STEPS or len(times) < MAX_STEPS and sum(times) < MAX_SECONDS:
@@ -140,7 +148,6 @@ while len(times) < MIN_STEPS or len(times) < MAX_STEPS and sum(times) < MAX_SECO
 memory = peak_memory()
 if profiler:
     profiler.stop()
-    os.makedirs(out_dir, exist_ok=True)
     trace = os.path.join(out_dir, 'trace.json')
     profiler.export_chrome_trace(trace)
     order = f'self_{device_type}_time_total' if device_type in ('cpu', 'cuda', 'xpu') else 'self_cpu_time_total'

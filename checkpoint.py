@@ -6,6 +6,7 @@ ckpt_last.pt whenever the newest state isn't in ckpt.pt.
 """
 import copy
 import os
+import shutil
 import zipfile
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from checks import fail, warn
 from model import GPT, GPTConfig
 
-BEST, LAST = 'ckpt.pt', 'ckpt_last.pt'
+BEST, LAST, PREVIOUS = 'ckpt.pt', 'ckpt_last.pt', 'previous'
 
 
 def save(state, out_dir, best=True):
@@ -59,6 +60,17 @@ def exists(out_dir):
     return any(os.path.exists(os.path.join(out_dir, name)) for name in (BEST, LAST))
 
 
+def put_aside(out_dir):
+    """Moves an earlier run's files to out_dir/previous, in place of what is there; whether there were any."""
+    names = [name for name in (BEST, LAST, 'metrics.jsonl') if os.path.exists(os.path.join(out_dir, name))]
+    if names:
+        shutil.rmtree(os.path.join(out_dir, PREVIOUS), ignore_errors=True)
+        os.makedirs(os.path.join(out_dir, PREVIOUS))
+    for name in names:
+        os.replace(os.path.join(out_dir, name), os.path.join(out_dir, PREVIOUS, name))
+    return bool(names)
+
+
 def load_newest(out_dir):
     """(state, path) of the checkpoint with the larger iter_num, to resume a run; a damaged file is named and passed over."""
     return _first_readable(out_dir, newest=True)
@@ -79,7 +91,7 @@ def _first_readable(out_dir, newest):
             except ValueError as e:
                 warn(str(e))
     if not found:
-        fail(f'no checkpoint that can be read in {out_dir}', 'train first, or name the run\'s folder with --out_dir')
+        fail(f'no checkpoint that can be read in {out_dir}', 'train first, or name the run\'s folder with --out_dir', this_rank=True)
     return max(found, key=lambda pair: pair[0]['iter_num'])
 
 
@@ -102,9 +114,9 @@ def load_optimizer(optimizer, state):
     What says how rather than what is computed (fused, foreach, ...) stays as it is here: it depends on the device. The
     moments of a table that was cropped since, by a shorter block_size, are cropped alike.
     """
-    how = [{k: group[k] for k in ('fused', 'foreach', 'capturable')} for group in optimizer.param_groups]
-    optimizer.load_state_dict(copy.deepcopy(state))  # a copy: the file may change or go
-    for group, ours in zip(optimizer.param_groups, how):
-        group.update(ours)
+    state = copy.deepcopy(state)  # the file may change or go
+    for theirs, ours in zip(state['param_groups'], optimizer.param_groups):  # before loading: fused decides where `step` goes
+        theirs.update({k: ours[k] for k in ('fused', 'foreach', 'capturable')})
+    optimizer.load_state_dict(state)
     for p, moments in optimizer.state.items():
         moments.update({k: m[:len(p)].clone() for k, m in moments.items() if m.dim() and m.shape != p.shape})

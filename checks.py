@@ -13,11 +13,24 @@ import numpy as np
 REPO = os.path.dirname(os.path.abspath(__file__))
 
 
-def fail(what, remedy=''):
-    """Ends the program with one line on stderr and status 1. For the user's mistakes; a bug keeps its traceback."""
-    if os.environ.get('RANK', '0') == '0':  # under torchrun every rank makes the same mistake; one says so
-        print(f'error: {what}' + (f'; {remedy}' if remedy else ''), file=sys.stderr, flush=True)
+def fail(what, remedy='', this_rank=False):
+    """Ends the program with one line on stderr and status 1. For the user's mistakes; a bug keeps its traceback.
+
+    Under torchrun every rank makes the same mistake, so rank 0 says it; this_rank: others may not have made it.
+    """
+    rank = os.environ.get('RANK', '0')
+    if rank == '0' or this_rank:
+        where = f'rank {rank}: ' if rank != '0' else ''
+        print(f'error: {where}{what}' + (f'; {remedy}' if remedy else ''), file=sys.stderr, flush=True)
     sys.exit(1)
+
+
+def shown(path):
+    """The path from where the user stands, if it is shorter so."""
+    try:
+        return min(os.path.relpath(path), os.path.abspath(path), key=len)
+    except ValueError:  # on another drive
+        return path
 
 
 def warn(text):
@@ -50,6 +63,14 @@ def check_ranges(config):
              f'try --n_embd={max(1, round(config["n_embd"] / config["n_head"])) * config["n_head"]}')
 
 
+def make_folder(path):
+    """Makes the folder, if it isn't there; fails if it can't be."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as e:
+        fail(f'{path!r} cannot be made a folder to write to ({e.strerror})', 'name another with --out_dir')
+
+
 def choose_device(device, local_rank=0):
     """The torch device string to use for the knob `device`, and why: 'auto' is the best device there is.
 
@@ -62,7 +83,7 @@ def choose_device(device, local_rank=0):
         device, why = (found.type, 'the accelerator found') if found else ('cpu', 'no accelerator found')
     try:
         kind = torch.device(device).type
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         fail(f'device={device!r} is no device', 'try cpu, cuda, cuda:0, mps, xpu or auto')
     if kind == 'cpu':
         return 'cpu', why
@@ -73,7 +94,7 @@ def choose_device(device, local_rank=0):
     count = getattr(torch, kind).device_count()
     index = local_rank if 'LOCAL_RANK' in os.environ else torch.device(device).index or 0
     if index >= count:
-        fail(f'{kind}:{index} is asked for, but there are {count} here', f'use at most {count} processes on this machine')
+        fail(f'{kind}:{index} is asked for, but there are {count} here', f'use at most {count} processes on this machine', this_rank=True)
     return f'{kind}:{index}', why
 
 
@@ -118,15 +139,15 @@ def choose_compile(compile, device_type):
         return compile, 'as asked'
     if device_type == 'cuda' and importlib.util.find_spec('triton'):
         return True, 'it pays on CUDA'
-    return False, 'auto compiles on CUDA with triton alone'
+    return False, 'auto compiles only on CUDA'
 
 
 def locate_data(dataset):
     """The folder with a dataset's train.bin and val.bin, None if there is none.
 
-    Tried in turn: the name as a path, data/<dataset> where the user stands, data/<dataset> of this repository.
+    Tried in turn: the name as a path and data/<dataset>, first from where the user stands, then in this repository.
     """
-    places = [dataset, os.path.join('data', dataset), os.path.join(REPO, 'data', dataset)]
+    places = [dataset, os.path.join('data', dataset), os.path.join(REPO, dataset), os.path.join(REPO, 'data', dataset)]
     return next((p for p in places if all(os.path.isfile(os.path.join(p, f'{s}.bin')) for s in ('train', 'val'))), None)
 
 
@@ -139,11 +160,11 @@ def find_data(dataset):
         fail(f'there is no dataset {dataset!r}: no folder of that name, nor data/{dataset}, with train.bin and val.bin',
              'python data/text/prepare.py --input=FILE --name=NAME prepares your own text')
     with open(prepare, encoding='utf-8') as f:
-        what = ast.get_docstring(ast.parse(f.read())).splitlines()[0]
+        what = (ast.get_docstring(ast.parse(f.read())) or 'no description').splitlines()[0]
     fail(f'dataset {dataset} is not prepared ({what})',
-         f'prepare it: python {os.path.relpath(prepare)}  or start small, without a download: '
-         f'python {os.path.relpath(os.path.join(REPO, "data", "python_char", "prepare.py"))} && '
-         f'python {os.path.relpath(os.path.join(REPO, "train.py"))} config/train_python_char.py')
+         f'prepare it: python {shown(prepare)}  or start small, without a download: '
+         f'python {shown(os.path.join(REPO, "data", "python_char", "prepare.py"))} && '
+         f'python {shown(os.path.join(REPO, "train.py"))} config/train_python_char.py')
 
 
 def open_bin(path, block_size, vocab_size):
@@ -166,10 +187,10 @@ def check_ids(ids, vocab_size, path):
     """Fails if a token id is beyond the vocabulary: on a GPU it would end in an assertion that names nothing."""
     if ids.max() >= vocab_size:
         fail(f'{path} holds token id {ids.max()}, but the vocabulary has {vocab_size}',
-             'the data was made with another tokenizer: prepare it again, or name the right --dataset')
+             'the data was made with another tokenizer: prepare it again, or name the right --dataset', this_rank=True)
 
 
-def check_vocabulary(meta, state, data_dir, path):
+def check_vocabulary(meta, state, data_dir, path, remedy='name the right one with --dataset'):
     """Fails if a dataset (its meta dict, None for GPT-2's BPE) has other tokens than the checkpoint read from path."""
     trained, vocab_size = state.get('meta') or {}, state['model_args']['vocab_size']
     if meta is None and vocab_size < 50257:
@@ -180,7 +201,7 @@ def check_vocabulary(meta, state, data_dir, path):
         what = f'{data_dir} has a vocabulary of {meta["vocab_size"]}'
     else:
         return
-    fail(f'{what}, but {path} was trained on {vocab_size} tokens of another dataset', 'name the right one with --dataset')
+    fail(f'{what}, but {path} was trained on another dataset, with a vocabulary of {vocab_size}', remedy)
 
 
 def check_accumulation(gradient_accumulation_steps, world_size):
@@ -189,7 +210,7 @@ def check_accumulation(gradient_accumulation_steps, world_size):
         below = gradient_accumulation_steps // world_size * world_size
         near = ' or '.join(str(n) for n in (below, below + world_size) if n)
         fail(f'gradient_accumulation_steps={gradient_accumulation_steps} is not divisible by the {world_size} ranks',
-             f'use {near}')
+             f'use --gradient_accumulation_steps={near}')
 
 
 def training_bytes(num_params, config, batch_size, dtype):

@@ -10,6 +10,7 @@ import os
 import torch
 
 from checks import fail
+from model import GPT, GPTConfig
 
 GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 # Hugging Face keeps these as Conv1D, (in, out): the transpose of a Linear's weight
@@ -48,7 +49,7 @@ def read_hf(model_type):
     if unfit:
         fail(f'{model_type} is no plain GPT-2: {", ".join(unfit)}', 'this model has no such option')
     args = dict(sizes, bias=True, gelu=GELUS[hf.get('activation_function', 'gelu_new')])
-    return args, _read_tensors(folder, sizes['n_layer'])
+    return args, _read_tensors(folder, args)
 
 
 def _fetch(model_type):
@@ -64,8 +65,8 @@ def _fetch(model_type):
          'without a network, pass a folder that transformers has saved: --init_from=FOLDER')
 
 
-def _read_tensors(folder, n_layer):
-    """The state dict of the folder's safetensors, by our names; fails if a tensor is missing."""
+def _read_tensors(folder, args):
+    """The state dict of the folder's safetensors, by our names; fails if it isn't that of a GPT with these arguments."""
     from safetensors import SafetensorError, safe_open
     files = sorted(name for name in os.listdir(folder) if name.endswith('.safetensors'))
     if not files:
@@ -89,9 +90,8 @@ def _read_tensors(folder, n_layer):
         except (SafetensorError, OSError) as e:
             fail(f'{path} is no readable safetensors file ({e})', 'download or save it again')
     tensors['lm_head.weight'] = tensors.get('transformer.wte.weight')
-    missing = [f'transformer.h.{i}.{part}' for i in range(n_layer) for part in TRANSPOSED if f'transformer.h.{i}.{part}' not in tensors]
-    if missing or tensors['lm_head.weight'] is None:
-        fail(f'{folder} lacks {(missing or ["transformer.wte.weight"])[0]}', 'it holds no complete GPT-2')
+    expected = GPT.on_meta(GPTConfig(**args)).state_dict()
+    wrong = sorted(k for k in {*expected, *tensors} if k not in expected or tensors.get(k) is None or tensors[k].shape != expected[k].shape)
+    if wrong:
+        fail(f'the weights in {folder} are not those of a GPT-2 of the shape in its config.json: see {wrong[0]}', 'save it again from a GPT2LMHeadModel')
     return tensors
-
-

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-
 # a thread of gloo's may hold on to a tensor for a moment after all_reduce has returned; if its reference is the last one
 # and Python is shutting down, the process aborts (seen once in 20 short runs). So the latest ones are kept here
 _reduced = deque(maxlen=16)
@@ -27,10 +26,10 @@ def init(backend, device):
     if ranks()[2] == 1:
         return None
     device = torch.device(device)
-    if device.type != 'cpu':
+    if device.index is not None:
         torch.accelerator.set_device_index(device.index)
     if backend == 'auto' or backend == 'nccl' and device.type == 'cpu':  # configs say nccl by habit; it has no CPU side
-        backend = 'nccl' if device.type == 'cuda' else 'gloo'
+        backend = {'cuda': 'nccl', 'xpu': 'xccl'}.get(device.type, 'gloo')
     dist.init_process_group(backend)
     return backend
 
@@ -60,6 +59,15 @@ def total(tensor):
         dist.all_reduce(tensor)
         _reduced.append(tensor)
     return tensor
+
+
+def same(number):
+    """Whether all ranks have the same number."""
+    if not dist.is_initialized():
+        return True
+    numbers = [None] * dist.get_world_size()
+    dist.all_gather_object(numbers, number)
+    return len(set(numbers)) == 1
 
 
 def shutdown():

@@ -4,6 +4,7 @@ GPT-2 (Radford et al. 2019), whole: configuration, blocks, loss, generation, opt
 Shapes in the comments at line ends: B batch, T time, C = n_embd, nh heads, hs = C / nh head size, V vocabulary.
 """
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -211,7 +212,8 @@ class GPT(nn.Module):
 
         None where the peak of the device isn't known.
         """
-        peak = peak_flops(self.lm_head.weight.device)
+        device = self.lm_head.weight.device
+        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == 'cuda' else None
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak if peak else None
 
     @classmethod
@@ -229,11 +231,16 @@ class GPT(nn.Module):
     @classmethod
     def from_state_dict(cls, config, state_dict):
         """A GPT around the given tensors, which become its weights without a copy."""
-        with torch.device('meta'), _NoInit():  # nothing is allocated or initialised only to be overwritten
-            model = cls(config)
+        model = cls.on_meta(config)
         model.load_state_dict(state_dict, assign=True)
         model.tie_weights()
         return model
+
+    @classmethod
+    def on_meta(cls, config):
+        """A GPT of shapes alone: nothing is allocated, or initialised only to be overwritten."""
+        with torch.device('meta'), _NoInit():
+            return cls(config)
 
 
 class _NoInit(TorchFunctionMode):
@@ -264,16 +271,18 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, vocab_size=None):
     return (probs / torch.empty_like(probs).exponential_()).argmax(dim=-1, keepdim=True)
 
 
-# dense matmul rate with 16-bit inputs and float32 accumulation, FLOP/s, from the makers' datasheets; the first name
-# that is part of the device's own counts
+# dense matmul rate with 16-bit inputs and float32 accumulation, FLOP/s, from the makers' datasheets; the first whose
+# words are all among those of the device's name counts
 PEAK_FLOPS = {
-    'B200': 2250e12, 'GH200': 989e12, 'H200': 989e12, 'H100 NVL': 835e12, 'H100 PCIe': 756e12, 'H100': 989e12,
+    'B200': 2250e12, 'GH200': 989e12, 'H200 NVL': 835e12, 'H200': 989e12, 'H100 NVL': 835e12, 'H100 PCIe': 756e12, 'H100': 989e12,
     'A100': 312e12, 'A30': 165e12, 'A40': 150e12, 'A10G': 70e12, 'A10': 125e12, 'L40S': 362e12, 'L40': 181e12,
     'L4': 121e12, 'V100': 125e12, 'T4': 65e12, 'RTX A6000': 155e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12,
 }
 
 
-def peak_flops(device):
-    """FLOP/s that the device's maker promises in 16-bit numbers, or None if it isn't in the table (so for every CPU)."""
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+def peak_flops(name):
+    """FLOP/s that a GPU of this name can do in 16-bit numbers, or None if it isn't in the table."""
+    words = re.findall(r'\w+', name)
+    if 'Laptop' in words or 'MIG' in words:  # slower under the same name
+        return None
+    return next((flops for key, flops in PEAK_FLOPS.items() if set(key.split()) <= set(words)), None)

@@ -61,13 +61,16 @@ if start.startswith('FILE:'):
 if not start:
     checks.fail('the prompt is empty', r"a model continues something: try --start='\n'")
 try:
-    stops = ast.literal_eval(stop) if stop.startswith('[') else [stop] if stop else []
-    assert all(isinstance(s, str) and s for s in stops)
-except (SyntaxError, ValueError, AssertionError):
+    stops = ast.literal_eval(stop) if stop.startswith('[') else [stop]
+except (SyntaxError, ValueError):
+    stops = [stop]  # text that begins with a bracket
+if not all(isinstance(s, str) for s in stops):
     checks.fail(f'stop={stop!r} is no list of texts', """write several as --stop="['one', 'two']" """.strip())
+stops = [s for s in stops if s]
 device, device_why = checks.choose_device(device)
 device_type = torch.device(device).type
 dtype, dtype_why = checks.choose_dtype(dtype, device_type)
+compile = compile != 'auto' and checks.choose_compile(compile, device_type)[0]
 torch.manual_seed(seed)
 torch.set_float32_matmul_precision('high')  # TF32 where the hardware has it
 ctx = nullcontext() if dtype == 'float32' else torch.autocast(device_type, dtype=getattr(torch, dtype))
@@ -78,9 +81,10 @@ if init_from == 'resume':
     state, path = checkpoint.load_best(out_dir)
     model, meta = checkpoint.build_model(state), state.get('meta')
     dataset = state.get('config', {}).get('dataset', '')
-    if meta is None and dataset and state['model_args']['vocab_size'] < 50257:  # a checkpoint of nanoGPT's: the table is in its data folder
-        meta = read_meta(checks.find_data(dataset))
-    checks.check_vocabulary(meta, state, f'dataset {dataset!r}', path)
+    if meta is None and state['model_args']['vocab_size'] < 50257:  # a checkpoint of nanoGPT's: the table is in its data folder
+        data_dir = checks.locate_data(dataset)
+        meta = read_meta(out_dir) or (read_meta(data_dir) if data_dir else None)
+        checks.check_vocabulary(meta, state, f'dataset {dataset!r}, as far as it is here,', path, 'put the meta.pkl of its dataset beside it')
     best = state.get('best_val_loss', math.inf)
     origin = f'{path}, iteration {state["iter_num"]}, best val loss {float(best):.4f}'
     state = None
@@ -90,6 +94,8 @@ else:
     checks.fail(f'init_from={init_from!r} is not known',
                 'use resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder saved by transformers')
 tokenizer = get_tokenizer(meta)
+if tokenizer.vocab_size > model.config.vocab_size:
+    checks.fail(f'{origin} has a vocabulary of {model.config.vocab_size}, but {tokenizer.name} has {tokenizer.vocab_size}', 'it needs a tokenizer of its own')
 prompt = tokenizer.encode(start)
 block_size = model.config.block_size
 model.eval()
@@ -98,7 +104,7 @@ note(f'model: {origin}, {model.get_num_params() / 1e6:.2f}M parameters, {tokeniz
 note(f'machine: {device} ({device_why}), {dtype} ({dtype_why})')
 if len(prompt) > block_size:
     note(f'the prompt has {len(prompt)} tokens; the model sees its last {block_size}')
-if compile is True:
+if compile:
     model.forward = torch.compile(model.forward)
 
 # -----------------------------------------------------------------------------

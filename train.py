@@ -10,6 +10,7 @@ Every knob below can be set in a config file or as --key=value; --help lists the
 """
 import json
 import math
+import netrc
 import os
 import platform
 import subprocess
@@ -121,6 +122,9 @@ if block_size > model.config.block_size:
                 f'use --block_size={model.config.block_size} or less')
 if block_size < model.config.block_size:
     model.crop_block_size(block_size)
+if not distributed.same(iter_num):
+    checks.fail(f'the ranks found different checkpoints in {out_dir}: rank {ddp_rank} is at iteration {iter_num}',
+                'out_dir must be a folder that all machines share, or the same on each', this_rank=True)
 overruled = [f'{k}={config[k]}' for k in ('n_layer', 'n_head', 'n_embd', 'bias') if config[k] != getattr(model.config, k)]
 model_args = {k: getattr(model.config, k) for k in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')}
 model.to(device)
@@ -224,23 +228,36 @@ def log(**event):
 
 
 def start_wandb():
-    """A wandb run; without a key or a network an offline one, with a warning: logging never ends the training."""
+    """A wandb run; without a key or a network an offline one."""
     import wandb
+    offline = not os.environ.get('WANDB_MODE') and not os.environ.get('WANDB_API_KEY')
     try:
-        offline = not (os.environ.get('WANDB_MODE') or wandb.api.api_key)
-        if offline:
-            checks.warn('wandb has no API key, so it logs offline; wandb login, then wandb sync, uploads the run')
-        return wandb.init(project=wandb_project, name=wandb_run_name, config=config, mode='offline' if offline else None)
-    except Exception as e:  # whatever it is, it's no reason not to train
+        offline = offline and not any('wandb' in host for host in netrc.netrc(os.environ.get('NETRC')).hosts)  # left by wandb login
+    except (OSError, netrc.NetrcParseError):
+        pass
+    if offline:
+        checks.warn('wandb has no API key, so it logs offline; wandb login, then wandb sync, uploads the run')
+    start = dict(project=wandb_project, name=wandb_run_name, config=config)
+    try:
+        return wandb.init(**start, mode='offline' if offline else None)
+    except Exception as e:
         checks.warn(f'wandb could not start ({e}), so it logs offline')
-        return wandb.init(project=wandb_project, name=wandb_run_name, config=config, mode='offline')
+        return wandb.init(**start, mode='offline')
+
+
+def never_fatal(call, *args):
+    """The call's result; None and a warning if it raises. For wandb: no trouble of its own is a reason not to train."""
+    try:
+        return call(*args)
+    except Exception as e:
+        checks.warn(f'wandb: {type(e).__name__}: {e}')
 
 
 # -----------------------------------------------------------------------------
 # the run plan: what will happen, in numbers
 if iter_num >= max_iters > 0 and not eval_only:
     if master_process:
-        print(f'the run in {out_dir} is finished: {iter_num} of {max_iters} iterations; a larger --max_iters goes on')
+        print(f'the run in {out_dir} is finished: it has {iter_num} iterations, max_iters is {max_iters}; a larger --max_iters goes on')
     distributed.shutdown()
     sys.exit(0)
 if master_process:
@@ -248,19 +265,24 @@ if master_process:
     train_tokens = len(windows['train']) + block_size
     print(f'model: {origin}, {raw_model.get_num_params() / 1e6:.2f}M parameters, vocabulary {raw_model.config.vocab_size}'
           + (f' (the checkpoint overrules {", ".join(overruled)})' if overruled else ''))
-    print(f'data: {data_dir}, {train_tokens:,} train and {len(windows["val"]) + block_size:,} val tokens; {tokens_per_iter:,} tokens/iter = '
+    print(f'data: {data_dir} ({"its own vocabulary" if meta else "no meta.pkl: GPT-2 BPE"}), {train_tokens:,} train and '
+          f'{len(windows["val"]) + block_size:,} val tokens; {tokens_per_iter:,} tokens/iter = '
           f'{gradient_accumulation_steps // ddp_world_size} accumulation x {ddp_world_size} ranks x {batch_size} batch x {block_size} block; '
           f'{max_iters} iterations are {max_iters * tokens_per_iter / train_tokens:.2f} epochs')
     print(f'machine: {device} ({device_why}), {dtype} ({dtype_why}), {"compiled" if compile else "not compiled"} ({compile_why})'
           + (f', {ddp_world_size} ranks over {backend}' if backend else ''))
     print(f'memory: {held / 2**30:.2f} GiB for weights, gradients and AdamW, about {activations / 2**30:.2f} GiB for activations')
     if not eval_only:
-        os.makedirs(out_dir, exist_ok=True)
-        commit = subprocess.run(['git', '-C', checks.REPO, 'rev-parse', 'HEAD'], capture_output=True, text=True) if os.path.isdir(
-            os.path.join(checks.REPO, '.git')) else None
+        checks.make_folder(out_dir)
+        if init_from != 'resume' and checkpoint.put_aside(out_dir):
+            print(f'{out_dir} held another run: its checkpoints and metrics are now in {os.path.join(out_dir, checkpoint.PREVIOUS)}')
+        try:
+            commit = subprocess.run(['git', '-C', checks.REPO, 'rev-parse', 'HEAD'], capture_output=True, text=True).stdout.strip()
+        except OSError:  # no git
+            commit = ''
         log(event='run', config=config, argv=sys.argv, python=platform.python_version(), torch=torch.__version__,
-            commit=commit.stdout.strip() if commit else None, device=device, dtype=dtype, world_size=ddp_world_size)
-wandb_run = start_wandb() if wandb_log and master_process else None
+            commit=commit, device=device, dtype=dtype, world_size=ddp_world_size)
+wandb_run = never_fatal(start_wandb) if wandb_log and master_process else None
 
 # -----------------------------------------------------------------------------
 # the loop
@@ -281,14 +303,16 @@ while True:
             print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}', flush=True)
             metrics = {'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr, 'mfu': 100 * mfu if mfu else None}
             if wandb_run:
-                wandb_run.log(metrics)
+                never_fatal(wandb_run.log, metrics)
             if not eval_only:
                 log(event='eval', **metrics)
-                if iter_num > first_iter or last_step:  # at its start, a run's state is on disk or not worth keeping
+                if iter_num > first_iter or last_step or is_best and iter_num > 0:  # else it is on disk or not worth keeping
                     saved = save_state(best=is_best or always_save_checkpoint)
         t0, timed_from = time.perf_counter(), iter_num  # the time isn't the next iteration's
-    elif save_interval and iter_num % save_interval == 0 and iter_num > first_iter and master_process:
-        save_state(best=False)
+    elif save_interval and iter_num % save_interval == 0 and iter_num > first_iter:
+        if master_process:
+            save_state(best=False)
+        t0, timed_from = time.perf_counter(), iter_num
     if last_step or eval_only:
         break
 
@@ -328,7 +352,7 @@ while True:
     iter_num += 1
 
 if master_process and not eval_only:
-    print(f'saved {saved} after {iter_num} iterations; sample from it: python {os.path.relpath(os.path.join(checks.REPO, "sample.py"))} --out_dir={out_dir}')
+    print(f'saved {saved} after {iter_num} iterations; sample from it: python {checks.shown(os.path.join(checks.REPO, "sample.py"))} --out_dir={out_dir}')
 if wandb_run:
-    wandb_run.finish()
+    never_fatal(wandb_run.finish)
 distributed.shutdown()

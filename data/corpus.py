@@ -2,6 +2,7 @@
 What the prepare scripts share: where a text comes from, and how token ids become train.bin, val.bin and meta.pkl.
 """
 import hashlib
+import http.client
 import os
 import pickle
 import sys
@@ -11,7 +12,7 @@ import urllib.request
 import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
-from checks import fail  # noqa: E402
+from checks import fail, make_folder, shown
 
 SHAKESPEARE_URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
@@ -46,7 +47,7 @@ def download(url, sha256, path, tries=3, timeout=30):
             with urllib.request.urlopen(url, timeout=timeout) as response:
                 content = response.read()
             break
-        except OSError as e:  # URLError, timeouts and resets are all of this kind
+        except (OSError, http.client.HTTPException) as e:  # URLError, timeouts and resets are OSErrors
             if wait is None:
                 fail(f'{url} could not be downloaded ({e})', f'without a network, put the file there yourself as {path}, '
                      'or take the dataset that needs none: python data/python_char/prepare.py')
@@ -90,7 +91,7 @@ def write_splits(folder, train_ids, val_ids, meta, started):
     """Writes train.bin, val.bin and, with a meta, meta.pkl to the folder, and prints what they hold."""
     if min(len(train_ids), len(val_ids)) == 0:
         fail(f'the text gives {len(train_ids)} training and {len(val_ids)} validation tokens', 'use a longer text')
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     meta_path = os.path.join(folder, 'meta.pkl')
     if meta:
         write_aside(meta_path, pickle.dumps(meta))
@@ -103,4 +104,4 @@ def write_splits(folder, train_ids, val_ids, meta, started):
         print(f'vocabulary: {meta["vocab_size"]} characters: {"".join(meta["stoi"])!r}')
     else:
         print('vocabulary: GPT-2 BPE, 50,257 tokens')
-    print(f'written to {os.path.relpath(folder)} in {time.time() - started:.1f} s')
+    print(f'written to {shown(folder)} in {time.time() - started:.1f} s')

@@ -21,6 +21,9 @@ def test_only_rank_0_speaks(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         checks.fail('no')
     assert capsys.readouterr().err == ''
+    with pytest.raises(SystemExit):  # unless the mistake may be this rank's alone
+        checks.fail('no', 'do', this_rank=True)
+    assert capsys.readouterr().err == 'error: rank 1: no; do\n'
 
 
 @pytest.mark.parametrize('content, words', [(b'', '0 tokens'), (b'123', 'odd number'), (b'12' * 8, '8 tokens'), (b'\xff\xff' * 100, 'token id 65535')])
@@ -40,14 +43,22 @@ def test_dtype_by_device():
     assert checks.choose_dtype('auto', 'mps')[0] == 'float32'
     assert checks.choose_dtype('bfloat16', 'mps')[0] == 'bfloat16'
     assert checks.choose_dtype('float16', 'mps')[0] == 'float32'
-    dtype, why = checks.choose_dtype('auto', 'cpu')
-    if not any(getattr(torch.cpu, f'_is_{name}_supported', lambda: False)() for name in ('amx_tile', 'avx512_bf16')):
-        assert dtype == 'float32'
-    assert why
 
 
-def test_device_under_torchrun(monkeypatch, capsys):
+@pytest.mark.parametrize('amx, avx512, vendor, expected', [
+    (True, True, 'GenuineIntel', 'bfloat16'), (False, True, 'AuthenticAMD', 'bfloat16'),
+    (False, True, 'GenuineIntel', 'float32'), (False, False, 'x', 'float32')])
+def test_dtype_by_cpu(monkeypatch, amx, avx512, vendor, expected):
+    # the machine's answers are replaced, as one machine has only one of them; the rule is what is tested
+    monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
+    monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: avx512)
+    monkeypatch.setattr(checks, '_cpu_vendor', lambda: vendor)
+    assert checks.choose_dtype('auto', 'cpu')[0] == expected
+
+
+def test_devices(capsys):
     assert checks.choose_device('cpu', 3)[0] == 'cpu'
+    assert 'True' in refused(capsys, checks.choose_device, True)
     if not torch.cuda.is_available():
         assert checks.choose_device('auto')[0] in ('cpu', 'mps', 'xpu:0')
         assert 'not available' in refused(capsys, checks.choose_device, 'cuda')
@@ -63,8 +74,8 @@ def test_cuda_means_the_local_rank(monkeypatch, capsys):
 
 def test_accumulation_names_the_nearest(capsys):
     checks.check_accumulation(40, 8)
-    assert 'use 8 or 12' in refused(capsys, checks.check_accumulation, 10, 4)
-    assert refused(capsys, checks.check_accumulation, 1, 4).endswith('use 4\n')
+    assert 'use --gradient_accumulation_steps=8 or 12' in refused(capsys, checks.check_accumulation, 10, 4)
+    assert refused(capsys, checks.check_accumulation, 1, 4).endswith('=4\n')
 
 
 def test_datasets_are_found_by_path_and_name(tmp_path, monkeypatch, capsys):

@@ -26,5 +26,5 @@ def test_accumulation_that_cannot_be_shared_out(char_data, tmp_path):
     with pytest.raises(AssertionError) as error:
         torchrun(2, 'train.py', *TINY, f'--dataset={char_data}', f'--out_dir={tmp_path / "out"}', '--gradient_accumulation_steps=5')
     said = str(error.value)
-    assert said.count('error: gradient_accumulation_steps=5 is not divisible by the 2 ranks; use 4 or 6') == 1
+    assert said.count('error: gradient_accumulation_steps=5 is not divisible by the 2 ranks; use --gradient_accumulation_steps=4 or 6') == 1
     assert not (tmp_path / 'out').exists()

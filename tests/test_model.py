@@ -181,8 +181,18 @@ def test_crop_block_size():
         model.crop_block_size(9)
 
 
-def test_mfu_is_unknown_without_a_peak():
-    assert peak_flops(torch.device('cpu')) is None and small().estimate_mfu(1, 1.0) is None
+def test_mfu_is_unknown_on_a_cpu():
+    assert small().estimate_mfu(1, 1.0) is None
+
+
+@pytest.mark.parametrize('name, tera', [
+    ('NVIDIA A100-SXM4-80GB', 312), ('NVIDIA H100 80GB HBM3', 989), ('NVIDIA H100 PCIe', 756), ('NVIDIA H100 NVL', 835), ('NVIDIA H200', 989),
+    ('NVIDIA GH200 480GB', 989), ('Tesla V100-SXM2-16GB', 125), ('Tesla T4', 65), ('NVIDIA L4', 121), ('NVIDIA L40S', 362), ('NVIDIA A10', 125),
+    ('NVIDIA A10G', 70), ('NVIDIA RTX A6000', 155), ('NVIDIA GeForce RTX 4090', 165), ('NVIDIA GeForce RTX 4090 Laptop GPU', None),
+    ('NVIDIA RTX A1000', None), ('NVIDIA RTX A4000', None), ('NVIDIA T400', None), ('NVIDIA A100-SXM4-40GB MIG 1g.5gb', None), ('', None),
+])
+def test_peaks_go_by_whole_names(name, tera):
+    assert peak_flops(name) == (tera and tera * 1e12)
 
 
 def test_heads_must_divide_the_width():

@@ -114,6 +114,53 @@ def test_only_the_best_goes_to_ckpt(char_data, tmp_path):
     assert 'at iteration 30' in out
 
 
+def test_saves_between_evaluations(char_data, tmp_path):
+    # the data is sound but for its middle, which this seed comes to in iteration 9
+    for name in ('val.bin', 'meta.pkl'):
+        shutil.copy(os.path.join(char_data, name), tmp_path)
+    ids = np.fromfile(os.path.join(char_data, 'train.bin'), dtype=np.uint16)
+    ids[10000:10100] = 999
+    ids.tofile(tmp_path / 'train.bin')
+    run('train.py', *TINY, f'--dataset={tmp_path}', f'--out_dir={tmp_path}', '--max_iters=500', '--eval_iters=1', '--eval_interval=1000', '--save_interval=2',
+        '--seed=3', ok=False)
+    assert [e['iter'] for e in metrics(tmp_path, 'iter')] == list(range(8))  # its batch is made while 8 is computed
+    assert torch.load(tmp_path / 'ckpt_last.pt', weights_only=True)['iter_num'] == 8 and not (tmp_path / 'ckpt.pt').exists()
+
+
+def test_the_best_is_saved_even_right_after_a_resume(char_data, tmp_path):
+    args = [*TINY, f'--dataset={char_data}', f'--out_dir={tmp_path}', '--always_save_checkpoint=False', '--eval_interval=10']
+    run('train.py', *args, '--max_iters=10')
+    state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+    (tmp_path / 'ckpt.pt').unlink()
+    torch.save({**state, 'best_val_loss': 9.0}, tmp_path / 'ckpt_last.pt')
+    run('train.py', *args, '--max_iters=20', '--init_from=resume', '--learning_rate=100', '--decay_lr=False')
+    best = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+    assert best['iter_num'] == 10 and best['best_val_loss'] == pytest.approx(state['best_val_loss'])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16', 'float32'])
+def test_on_a_gpu(char_data, tmp_path, dtype):
+    args = [a for a in TINY if not a.startswith(('--device', '--dtype'))]
+    out = run('train.py', *args, f'--dtype={dtype}', '--device=cuda', f'--dataset={char_data}', f'--out_dir={tmp_path}', '--max_iters=60', '--eval_interval=30')
+    assert 'cuda:0' in out.stdout and ', compiled' in out.stdout
+    evals = metrics(tmp_path, 'eval')
+    assert evals[-1]['val/loss'] < evals[0]['val/loss'] - 1.0
+    run('train.py', *args, f'--dtype={dtype}', '--device=cuda', f'--dataset={char_data}', f'--out_dir={tmp_path}', '--max_iters=62', '--init_from=resume')
+    assert run('sample.py', f'--out_dir={tmp_path}', '--num_samples=2', '--max_new_tokens=50').stdout.count('-' * 15) == 2
+    assert json.loads(run('bench.py', '--n_layer=2', '--n_embd=128', '--n_head=2', '--batch_size=4', f'--dtype={dtype}').stdout.splitlines()[-1])['mfu'] != 0
+
+
+def test_another_run_from_scratch_keeps_the_earlier_one(char_data, tmp_path):
+    args = [*TINY, f'--dataset={char_data}', f'--out_dir={tmp_path}']
+    run('train.py', *args, '--max_iters=2')
+    out = run('train.py', *args, '--max_iters=1').stdout
+    assert 'held another run' in out and sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'metrics.jsonl', 'previous']
+    assert sorted(os.listdir(tmp_path / 'previous')) == ['ckpt.pt', 'metrics.jsonl']
+    assert torch.load(tmp_path / 'previous' / 'ckpt.pt', weights_only=True)['iter_num'] == 2
+    assert len(metrics(tmp_path, 'run')) == 1
+
+
 def test_compiling_gives_the_same_losses(char_data, tmp_path):
     losses = []
     for flag in ('True', 'False'):
@@ -146,7 +193,10 @@ def test_wandb_offline(char_data, tmp_path):
     out = run('train.py', *TINY, f'--dataset={char_data}', '--out_dir=out', '--max_iters=2', '--wandb_log=True', cwd=tmp_path,
               WANDB_MODE='', WANDB_API_KEY='', NETRC=str(tmp_path / 'netrc'), HOME=str(tmp_path))
     assert 'logs offline' in out.stderr and 'iter 1: loss' in out.stdout
-    assert any(name.startswith('offline-run') for name in os.listdir(tmp_path / 'wandb'))
+    run_dir, = [name for name in os.listdir(tmp_path / 'wandb') if name.startswith('offline-run')]
+    name, = [name for name in os.listdir(tmp_path / 'wandb' / run_dir) if name.endswith('.wandb')]
+    content = (tmp_path / 'wandb' / run_dir / name).read_bytes()
+    assert all(key in content for key in (b'train/loss', b'val/loss', b'iter', b'lr', b'mfu'))
 
 
 def test_wandb_is_imported_only_when_asked_for():
@@ -168,6 +218,7 @@ def test_without_arguments_it_says_what_to_do(tmp_path):
     (['--device=tpu9'], "'tpu9'"), (['--device=cuda:7'], 'cuda:7'), (['--dtype=int8'], "'int8'"), (['--compile=fast'], "'fast'"),
     (['--init_from=gpt3'], "'gpt3'"), (['--init_from=resume'], 'no checkpoint'), (['--dataset=nowhere'], "no dataset 'nowhere'"),
     (['--block_size=100000'], 'fewer than block_size + 1'), (['--learning_rate=-1'], 'learning_rate=-1'),
+    (['--out_dir=/dev/null/x'], '/dev/null/x'), (['--out_dir='], "''"),
 ])
 def test_mistakes_end_in_one_line_and_write_nothing(char_data, tmp_path, args, words):
     if args == ['--device=cuda:7'] and torch.cuda.device_count() > 7:

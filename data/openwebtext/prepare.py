@@ -59,6 +59,7 @@ if __name__ == '__main__':  # worker processes may import this file again
     started = time.time()
     processes = num_proc or os.cpu_count()
     folder = out_dir or os.path.dirname(os.path.abspath(__file__))
+    corpus.make_folder(folder)
     documents = load_documents()
     if len(documents) < 2:
         corpus.fail(f'{input} has {len(documents)} documents', 'at least two are needed, one for either split')
@@ -66,7 +67,6 @@ if __name__ == '__main__':  # worker processes may import this file again
     # datasets caches what each process has finished: run again, this goes on where it was stopped
     splits = splits.map(tokenize, batched=True, remove_columns=documents.column_names, num_proc=processes, desc='tokenizing',
                         features=datasets.Features({'ids': datasets.List(datasets.Value('uint16'))}))
-    os.makedirs(folder, exist_ok=True)
     for split, name in (('train', 'train'), ('test', 'val')):
         path, tokens = os.path.join(folder, f'{name}.bin'), 0
         with open(path + '.tmp', 'wb') as f:
@@ -77,4 +77,4 @@ if __name__ == '__main__':  # worker processes may import this file again
         os.replace(path + '.tmp', path)
         print(f'{name}.bin: {len(splits[split]):,} documents, {tokens:,} tokens, {2 * tokens:,} bytes')
     print('vocabulary: GPT-2 BPE, 50,257 tokens')
-    print(f'written to {os.path.relpath(folder)} in {time.time() - started:.1f} s by {processes} processes')
+    print(f'written to {corpus.shown(folder)} in {time.time() - started:.1f} s by {processes} processes')

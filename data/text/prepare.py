@@ -26,8 +26,8 @@ if not input or not (name or out_dir):
     corpus.fail('your text and a name for it are needed', 'python data/text/prepare.py --input=book.txt --name=mybook')
 if tokenizer not in ('char', 'gpt2'):
     corpus.fail(f'tokenizer={tokenizer!r} is not known', 'use char or gpt2')
-if not out_dir and (os.path.basename(name) != name or os.path.exists(os.path.join(data, name, 'prepare.py'))):
-    corpus.fail(f'name={name!r} is no name for a new dataset', 'choose another one, without slashes')
+if not out_dir and (os.path.basename(name) != name or name in (os.curdir, os.pardir) or os.path.exists(os.path.join(data, name, 'prepare.py'))):
+    corpus.fail(f'name={name!r} is taken by a dataset of this repository, or is no name of a folder', 'choose another one')
 text = corpus.read_text(input)
 print(f'text: {len(text):,} characters')
 split = int(0.9 * len(text))
@@ -39,4 +39,5 @@ else:
     train_ids, val_ids = encode(text[:split]), encode(text[split:])
 corpus.write_splits(out_dir or os.path.join(data, name), train_ids, val_ids, meta, started)
 if not out_dir:
-    print(f'train on it: --dataset={name}')
+    config_file = 'train_python_char' if tokenizer == 'char' else 'finetune_shakespeare'
+    print(f'train on it: python train.py config/{config_file}.py --dataset={name} --out_dir=out-{name}')
