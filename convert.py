@@ -5,6 +5,7 @@ read_hf() takes a folder that transformers has saved, or one of GPT-2's four nam
 tensors of a GPT. Only config.json and safetensors files are read: data, no code.
 """
 import json
+import math
 import os
 
 import torch
@@ -76,7 +77,8 @@ def _read_tensors(folder, args):
         path = os.path.join(folder, name)
         try:
             with safe_open(path, framework='pt') as f:
-                keys = list(f.keys())
+                # the largest first: while one is copied its pages count too, and then little else is there yet
+                keys = sorted(f.keys(), key=lambda key: -math.prod(f.get_slice(key).get_shape()))
             for key in keys:
                 ours = 'transformer.' + key.removeprefix('transformer.')
                 if key == 'lm_head.weight' or ours.endswith(('.attn.bias', '.attn.masked_bias')):
