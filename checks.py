@@ -39,25 +39,24 @@ def warn(text):
         print(f'warning: {text}', file=sys.stderr, flush=True)
 
 
-# knob: (lowest, highest, whether the lowest itself is allowed); None is no bound
-RANGES = {
-    **dict.fromkeys(('n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'gradient_accumulation_steps',
-                     'eval_interval', 'log_interval', 'eval_iters', 'num_samples'), (1, None, True)),
-    **dict.fromkeys(('max_iters', 'warmup_iters', 'lr_decay_iters', 'max_new_tokens', 'top_k', 'save_interval', 'seed',
-                     'weight_decay', 'grad_clip', 'learning_rate', 'min_lr', 'temperature'), (0, None, True)),
-    **dict.fromkeys(('dropout', 'beta1', 'beta2'), (0, 1, True)),
-    'top_p': (0, 1, False),
-}
+# (what a knob must be, the test of it, the knobs)
+RANGES = (
+    ('at least 1', lambda v: v >= 1, ('n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'eval_interval',
+                                      'log_interval', 'eval_iters', 'num_samples', 'max_bytes')),
+    ('at least 0', lambda v: v >= 0, ('max_iters', 'warmup_iters', 'lr_decay_iters', 'save_interval', 'weight_decay', 'grad_clip', 'learning_rate',
+                                      'min_lr', 'max_new_tokens', 'top_k', 'temperature', 'num_proc')),
+    ('at least 0 and below 2**64', lambda v: 0 <= v < 2 ** 64, ('seed',)),
+    ('at least 0 and below 1', lambda v: 0 <= v < 1, ('dropout', 'beta1', 'beta2')),
+    ('above 0 and at most 1', lambda v: 0 < v <= 1, ('top_p',)),
+)
 
 
 def check_ranges(config):
     """Fails where a knob is outside the range it can have, or where knobs contradict each other."""
-    for name, value in config.items():
-        low, high, closed = RANGES.get(name, (None, None, True))
-        if low is not None and (value < low or value == low and not closed):
-            fail(f'{name}={value} is too small', f'it must be {"at least" if closed else "above"} {low}')
-        if high is not None and (value > high or value == high and name in ('beta1', 'beta2', 'dropout')):
-            fail(f'{name}={value} is too large', f'it must be {"at most" if name == "top_p" else "below"} {high}')
+    for must_be, holds, names in RANGES:
+        for name in names:
+            if name in config and not holds(config[name]):
+                fail(f'{name}={config[name]} is out of range', f'it must be {must_be}')
     if 'n_embd' in config and config['n_embd'] % config['n_head']:
         fail(f'n_embd={config["n_embd"]} is not divisible by n_head={config["n_head"]}',
              f'try --n_embd={max(1, round(config["n_embd"] / config["n_head"])) * config["n_head"]}')

@@ -123,6 +123,10 @@ def test_python_char(tmp_path):
         assert sum(source in t for t in text.values()) == 1
 
 
+def test_python_char_of_no_bytes(tmp_path):
+    assert 'max_bytes=0' in run_here('data/python_char/prepare.py', '--max_bytes=0', f'--out_dir={tmp_path}', ok=False).stderr
+
+
 def test_your_own_text(tmp_path):
     text = 'Où est-il?\nÀ côté.\n' * 50
     (tmp_path / 'book.txt').write_text(text, encoding='utf-8')

@@ -57,6 +57,7 @@ if __name__ == '__main__':  # worker processes may import this file again
     import datasets
     from tqdm import tqdm
     started = time.time()
+    corpus.check_ranges(config)
     processes = num_proc or os.cpu_count()
     folder = out_dir or os.path.dirname(os.path.abspath(__file__))
     corpus.make_folder(folder)

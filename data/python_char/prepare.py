@@ -20,8 +20,7 @@ LEFT_OUT = {'test', 'tests', 'idle_test', 'idlelib', 'site-packages', 'dist-pack
 PRINTABLE = set(string.printable) - set('\r\x0b\x0c')
 
 started = time.time()
-if max_bytes < 1:
-    corpus.fail(f'max_bytes={max_bytes} is too small', 'it must be at least 1')
+corpus.check_ranges(config)
 splits, size, files = {'train': [], 'val': []}, 0, 0
 root = sysconfig.get_paths()['stdlib']
 for place, dirs, names in os.walk(root):
