@@ -59,7 +59,7 @@ def _fetch(model_type):
     reason = ''
     for repo in (f'openai-community/{model_type}', model_type):  # the name on the hub today, and the one older caches have
         try:
-            return snapshot_download(repo, allow_patterns=['config.json', 'model*.safetensors', 'model.safetensors.index.json'])
+            return snapshot_download(repo, allow_patterns=['config.json', 'model*.safetensors'])
         except Exception as e:  # network, cache and hub errors have no common base
             reason = reason or type(e).__name__
     fail(f'the weights of {model_type} could not be fetched from the Hugging Face hub ({reason})',

@@ -77,8 +77,7 @@ def test_greedy_tokens_beyond_the_block(golden, n):
 
 def test_gpt2_sizes(golden):
     for size in golden['gpt2_sizes'].values():
-        with torch.device('meta'):
-            model = GPT(GPTConfig(1024, 50257, size['n_layer'], size['n_head'], size['n_embd'], 0.0, True))
+        model = GPT.on_meta(GPTConfig(1024, 50257, size['n_layer'], size['n_head'], size['n_embd'], 0.0, True))
         assert model.get_num_params(False) == size['parameters'] and model.get_num_params() == size['non_embedding']
 
 
