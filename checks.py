@@ -7,6 +7,7 @@ import ast
 import importlib.util
 import os
 import sys
+import time
 
 import numpy as np
 
@@ -22,6 +23,8 @@ def fail(what, remedy='', this_rank=False):
     if rank == '0' or this_rank:
         where = f'rank {rank}: ' if rank != '0' else ''
         print(f'error: {where}{what}' + (f'; {remedy}' if remedy else ''), file=sys.stderr, flush=True)
+    else:
+        time.sleep(10)  # torchrun ends all ranks with the first that exits: that must be rank 0, once it has spoken
     sys.exit(1)
 
 
