@@ -23,11 +23,11 @@ def ranks():
 
 def init(backend, device):
     """Joins the process group. backend 'auto' is nccl on GPUs and gloo on CPUs; returns the one used, None if alone."""
-    if ranks()[2] == 1:
-        return None
     device = torch.device(device)
     if device.index is not None:
         torch.accelerator.set_device_index(device.index)
+    if ranks()[2] == 1:
+        return None
     if backend == 'auto' or backend == 'nccl' and device.type == 'cpu':  # configs say nccl by habit; it has no CPU side
         backend = {'cuda': 'nccl', 'xpu': 'xccl'}.get(device.type, 'gloo')
     dist.init_process_group(backend)

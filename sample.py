@@ -12,7 +12,6 @@ import codecs
 import math
 import os
 import sys
-from contextlib import nullcontext
 
 import torch
 
@@ -69,11 +68,12 @@ if not all(isinstance(s, str) for s in stops):
 stops = [s for s in stops if s]
 device, device_why = checks.choose_device(device)
 device_type = torch.device(device).type
-dtype, dtype_why = checks.choose_dtype(dtype, device_type)
+dtype, dtype_why = checks.choose_dtype(dtype, device_type, sampling=True)
 compile = compile != 'auto' and checks.choose_compile(compile, device_type)[0]
 torch.manual_seed(seed)
 torch.set_float32_matmul_precision('high')  # TF32 where the hardware has it
-ctx = nullcontext() if dtype == 'float32' else torch.autocast(device_type, dtype=getattr(torch, dtype))
+if device_type == 'cuda':
+    torch.cuda.set_device(device)
 
 # -----------------------------------------------------------------------------
 # the model and its tokenizer
@@ -98,14 +98,11 @@ if tokenizer.vocab_size > model.config.vocab_size:
     checks.fail(f'{origin} has a vocabulary of {model.config.vocab_size}, but {tokenizer.name} has {tokenizer.vocab_size}', 'it needs a tokenizer of its own')
 prompt = tokenizer.encode(start)
 block_size = model.config.block_size
-model.eval()
-model.to(device)
+model.eval().to(device, getattr(torch, dtype))
 note(f'model: {origin}, {model.get_num_params() / 1e6:.2f}M parameters, {tokenizer.name}')
 note(f'machine: {device} ({device_why}), {dtype} ({dtype_why})')
 if len(prompt) > block_size:
     note(f'the prompt has {len(prompt)} tokens; the model sees its last {block_size}')
-if compile:
-    model.forward = torch.compile(model.forward)
 
 # -----------------------------------------------------------------------------
 # generation
@@ -118,25 +115,24 @@ def generate(rows):
     longest = max((len(s) for s in stops), default=0)
     if stream:
         print(start, end='', flush=True)
-    with ctx:
-        for new in model.stream(torch.tensor([prompt] * rows, device=device), max_new_tokens, temperature, top_k,
-                                top_p if top_p < 1 else None, tokenizer.vocab_size):
-            new_tokens.append(new)
-            if not (stops or stream):
-                continue  # looked at in the end, so that a GPU needn't wait for the host
-            for row, token in enumerate(new[:, 0].tolist()):
-                if not done[row]:
-                    seen = max(0, len(texts[row]) - longest)
-                    texts[row] += decoders[row].decode(tokenizer.decode_bytes([token]))
-                    ends = [texts[row].find(s, seen) for s in stops]
-                    if max(ends, default=-1) >= 0:
-                        texts[row], done[row] = texts[row][:min(end for end in ends if end >= 0)], True
-            if stream:  # but for what may turn out to be the beginning of a stop text
-                upto = len(texts[0]) - (0 if done[0] or not stops else longest - 1)
-                print(texts[0][printed:max(upto, printed)], end='', flush=True)
-                printed = max(upto, printed)
-            if all(done):
-                break
+    for new in model.stream(torch.tensor([prompt] * rows, device=device), max_new_tokens, temperature, top_k,
+                            top_p if top_p < 1 else None, tokenizer.vocab_size):
+        new_tokens.append(new)
+        if not (stops or stream):
+            continue  # looked at in the end, so that a GPU needn't wait for the host
+        for row, token in enumerate(new[:, 0].tolist()):
+            if not done[row]:
+                seen = max(0, len(texts[row]) - longest)
+                texts[row] += decoders[row].decode(tokenizer.decode_bytes([token]))
+                ends = [texts[row].find(s, seen) for s in stops]
+                if max(ends, default=-1) >= 0:
+                    texts[row], done[row] = texts[row][:min(end for end in ends if end >= 0)], True
+        if stream:  # but for what may turn out to be the beginning of a stop text
+            upto = len(texts[0]) - (0 if done[0] or not stops else longest - 1)
+            print(texts[0][printed:max(upto, printed)], end='', flush=True)
+            printed = max(upto, printed)
+        if all(done):
+            break
     if new_tokens and not (stops or stream):
         texts = [tokenizer.decode(ids) for ids in torch.cat(new_tokens, dim=1).tolist()]
     for text in texts:
@@ -150,5 +146,9 @@ row_bytes = 4 * (2 * c.n_layer * c.n_embd * min(block_size, len(prompt) + max_ne
                  + 16 * c.n_embd * min(block_size, len(prompt)) + 4 * c.vocab_size)
 free = checks.free_memory(device)
 rows = 1 if stream else num_samples if free is None else max(1, min(num_samples, free // 2 // row_bytes))
+if compile:
+    model.forward = torch.compile(model.forward)
+elif device_type == 'cpu':
+    model.pack_weights(rows)
 for first in range(0, num_samples, rows):
     generate(min(rows, num_samples - first))

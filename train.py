@@ -85,6 +85,8 @@ device, device_why = checks.choose_device(device, ddp_local_rank)
 device_type = torch.device(device).type
 dtype, dtype_why = checks.choose_dtype(dtype, device_type)
 compile, compile_why = checks.choose_compile(compile, device_type)
+if device_type == 'cpu':
+    checks.keep_freed_memory()
 
 backend = distributed.init(backend, device)
 torch.manual_seed(seed)  # the same on every rank: the same weights
@@ -151,6 +153,7 @@ model = distributed.wrap(model, device)
 windows = {split: np.lib.stride_tricks.sliding_window_view(
     checks.open_bin(os.path.join(data_dir, f'{split}.bin'), block_size, raw_model.config.vocab_size), block_size + 1)
     for split in ('train', 'val')}
+copy_stream = torch.cuda.Stream() if device_type == 'cuda' else None
 
 
 def get_batch(split, starts):
@@ -158,9 +161,12 @@ def get_batch(split, starts):
     rows = windows[split][starts]  # one gather, (B, T + 1)
     checks.check_ids(rows, raw_model.config.vocab_size, os.path.join(data_dir, f'{split}.bin'))
     rows = torch.from_numpy(rows.astype(np.int64))
-    if device_type == 'cuda':
-        rows = rows.pin_memory()  # only then is the copy asynchronous
-    rows = rows.to(device, non_blocking=True)
+    if device_type == 'cuda':  # the copy runs beside the computation; only from pinned memory is it asynchronous
+        with torch.cuda.stream(copy_stream):
+            rows = rows.pin_memory().to(device, non_blocking=True)
+        torch.cuda.current_stream().wait_stream(copy_stream)
+        rows.record_stream(torch.cuda.current_stream())
+    rows = rows.to(device)
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -192,7 +198,7 @@ def estimate_loss():
         loss_sum = torch.zeros((), device=device)
         for k in range(ddp_rank, eval_iters, ddp_world_size):
             with ctx:
-                loss_sum += eval_model(*get_batch(split, starts[k]))[1]
+                loss_sum += eval_model(*get_batch(split, starts[k]), return_logits=False)[1]
         losses[split] = distributed.total(loss_sum).item() / eval_iters
     eval_model.train()
     return losses
@@ -326,7 +332,7 @@ while True:
         seed_dropout(iter_num, micro_step)
         with distributed.sync_gradients(model, now=last_micro_step):
             with ctx:
-                _, loss = model(X, Y)
+                _, loss = model(X, Y, return_logits=False)
             # the next batch is made while the device is still busy with this one
             X, Y = get_micro_batch(iter_num + last_micro_step, (micro_step + 1) % micro_steps)
             scaler.scale(loss / micro_steps).backward()

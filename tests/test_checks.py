@@ -1,5 +1,8 @@
 """Checks that no script's test reaches on its own."""
 import os
+import platform
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -45,15 +48,16 @@ def test_dtype_by_device():
     assert checks.choose_dtype('float16', 'mps')[0] == 'float32'
 
 
-@pytest.mark.parametrize('amx, avx512, vendor, expected', [
-    (True, True, 'GenuineIntel', 'bfloat16'), (False, True, 'AuthenticAMD', 'bfloat16'),
-    (False, True, 'GenuineIntel', 'float32'), (False, False, 'x', 'float32')])
-def test_dtype_by_cpu(monkeypatch, amx, avx512, vendor, expected):
+@pytest.mark.parametrize('amx, avx512, vendor, training, sampling', [
+    (True, True, 'GenuineIntel', 'bfloat16', 'bfloat16'), (False, True, 'AuthenticAMD', 'bfloat16', 'bfloat16'),
+    (False, True, 'GenuineIntel', 'float32', 'bfloat16'), (False, False, 'x', 'float32', 'float32')])
+def test_dtype_by_cpu(monkeypatch, amx, avx512, vendor, training, sampling):
     # the machine's answers are replaced, as one machine has only one of them; the rule is what is tested
     monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
     monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: avx512)
     monkeypatch.setattr(checks, '_cpu_vendor', lambda: vendor)
-    assert checks.choose_dtype('auto', 'cpu')[0] == expected
+    assert checks.choose_dtype('auto', 'cpu')[0] == training
+    assert checks.choose_dtype('auto', 'cpu', sampling=True)[0] == sampling
 
 
 def test_devices(capsys):
@@ -94,6 +98,25 @@ def test_memory_estimate_holds_16_bytes_a_parameter():
     config = GPTConfig()
     held, small = checks.training_bytes(1000, config, 1, 'bfloat16')
     assert held == 16000 and checks.training_bytes(1000, config, 2, 'bfloat16')[1] == 2 * small < checks.training_bytes(1000, config, 2, 'float32')[1]
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux') or platform.libc_ver()[0] != 'glibc', reason='glibc alone has these settings')
+def test_freed_memory_is_kept():
+    # in a process of its own, as the setting stays
+    code = """if True:
+        import resource, torch, checks
+        def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        def steps():
+            before = faults()
+            for _ in range(20):
+                torch.ones(2 ** 24)  # 64 MiB, 16,384 pages
+            return faults() - before
+        first = steps()
+        checks.keep_freed_memory()
+        steps()  # the heap finds its size
+        print(first, steps())"""
+    first, kept = map(int, subprocess.run([sys.executable, '-c', code], cwd=checks.REPO, capture_output=True, text=True, check=True).stdout.split())
+    assert kept < 1000 < 20 * 16_000 < first
 
 
 def test_free_memory_is_known_on_linux():

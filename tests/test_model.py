@@ -1,11 +1,12 @@
 """The model against nanoGPT's recorded numbers, and against itself where it takes another path to the same ones."""
+import copy
 import math
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig, KVCache, peak_flops, sample
+from model import GPT, Dropout, GPTConfig, KVCache, attention, kept, peak_flops, sample
 
 CASES = range(3)
 
@@ -102,6 +103,44 @@ def test_cached_logits_in_bfloat16():
         assert (cached - whole).abs().max() < 0.05 * whole.abs().max()
 
 
+def test_static_cache_gives_the_same_logits():
+    model, caches = small(), (KVCache(2, 16), KVCache(2, 16, static=True))
+    idx = torch.randint(50, (2, 16))
+    for t0, t1 in ((0, 4), *((t, t + 1) for t in range(4, 16))):
+        moving, static = (model(idx[:, t0:t1], kv_cache=cache)[0] for cache in caches)
+        torch.testing.assert_close(static, moving)
+    assert caches[1].buffers[0].size(3) == 16 and caches[1].position.item() == caches[1].length == 16
+
+
+@pytest.mark.gpu
+def test_generation_as_a_cuda_graph():
+    model = small().cuda()
+    idx = prompt = torch.randint(50, (3, 5), device='cuda')
+    for _ in range(30):  # past block_size: 16
+        idx = torch.cat((idx, model(idx[:, -16:])[0][:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(model.generate(prompt, 30, temperature=0), idx)
+    torch.manual_seed(0)
+    drawn = model.generate(prompt[:1].expand(64, -1), 11, temperature=100.0)  # a graph must not repeat its random numbers
+    assert all(drawn[:, t].unique().numel() > 20 for t in range(5, 16)) and not torch.equal(drawn[:, 7], drawn[:, 8])
+
+
+@pytest.mark.parametrize('dtype, rtol', [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize('bias', [True, False])
+def test_packed_weights_give_the_same_logits(dtype, rtol, bias):
+    model = small(bias=bias)
+    torch.nn.init.normal_(model.lm_head.weight)
+    if bias:
+        torch.nn.init.normal_(model.transformer.h[0].mlp.c_fc.bias)
+    model.to(dtype)
+    for rows in (1, 3):
+        idx, packed = torch.randint(50, (rows, 16)), copy.deepcopy(model)
+        packed.pack_weights(3)
+        assert not any(isinstance(m, torch.nn.Linear) for m in packed.modules())
+        for T in (16, 1):
+            logits = model(idx[:, :T])[0]
+            assert (packed(idx[:, :T])[0] - logits).abs().max() <= rtol * logits.abs().max()
+
+
 def test_cache_takes_one_token_a_step():
     model, cache = small(), KVCache(2, 16)
     model(torch.zeros(1, 3, dtype=torch.long), kv_cache=cache)
@@ -130,6 +169,62 @@ def test_targets_of_minus_one_are_ignored():
     torch.testing.assert_close(model(x, masked)[1], expected)
 
 
+@pytest.mark.parametrize('dtype, rtol', [('float32', 1e-5), ('bfloat16', 0.02)])  # 8 bits of mantissa, summed up in another order
+def test_the_loss_alone_is_the_same_loss(dtype, rtol):
+    model = GPT(GPTConfig(block_size=128, vocab_size=50304, n_layer=1, n_head=2, n_embd=32))
+    x, y = torch.randint(50304, (2, 4, 128))  # 512 rows of logits: more than one piece of 2**24 / 50304
+    y[0, :9] = -1
+    results = []
+    for return_logits in (True, False):
+        with torch.autocast('cpu', torch.bfloat16, enabled=dtype == 'bfloat16'):
+            logits, loss = model(x, y, return_logits=return_logits)
+        (loss / 3).backward()
+        results.append((loss.detach(), *(p.grad for p in model.parameters())))
+        model.zero_grad()
+    assert logits is None and loss.dtype == torch.float32
+    for whole, pieces in zip(*results):
+        assert (whole - pieces).norm() <= rtol * whole.norm()
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=dtype == 'bfloat16'):
+        assert abs(model(x, y, return_logits=False)[1] - loss) < 1e-6 * loss
+
+
+def test_dropout_zeroes_and_scales():
+    x = torch.ones(1000, 1001, requires_grad=True)  # not a multiple of 4
+    for p in (0.2, 0.5):
+        torch.manual_seed(1)
+        y = Dropout(p)(x)
+        values, counts = y.unique(return_counts=True)
+        torch.testing.assert_close(values, torch.tensor([0.0, 1 / (1 - p)]))
+        sigma = math.sqrt(p * (1 - p) / x.numel())
+        assert abs(counts[0].item() / x.numel() - p) < 4.5 * sigma
+        # neighbours, which share a draw, and rows are independent: both zero at p * p
+        for a, b in ((y[:, :-1], y[:, 1:]), (y[:-1], y[1:]), (y[:, :-4], y[:, 4:])):
+            assert abs(((a == 0) & (b == 0)).float().mean().item() - p * p) < 4.5 * sigma
+        grad, = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(grad, y)
+        torch.manual_seed(1)
+        assert torch.equal(Dropout(p)(x.bfloat16()) == 0, y == 0)  # the same elements in every format
+    assert torch.equal(Dropout(0.0)(x), x)
+    layer = Dropout(0.5)
+    assert (layer(x) == 0).any() and torch.equal(layer.eval()(x), x)
+
+
+@pytest.mark.parametrize('T', [1, 7, 64])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-6), (torch.bfloat16, 0.03)])
+def test_attention_is_the_formula(dtype, tolerance, T):
+    q, k, v = (torch.randn(2, 3, T, 8, requires_grad=True) for _ in range(3))
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+    grad = torch.randn(2, 3, T, 8)
+    for p in (0.0, 0.3):
+        att = (q @ k.transpose(-2, -1) / math.sqrt(8)).masked_fill(future, -math.inf).softmax(-1)
+        torch.manual_seed(2)
+        expected = (att * kept(att, p) / (1 - p)) @ v
+        torch.manual_seed(2)
+        y = attention(q.to(dtype), k.to(dtype), v.to(dtype), p)
+        for got, want in zip((y, *torch.autograd.grad(y, (q, k, v), grad.to(dtype))), (expected, *torch.autograd.grad(expected, (q, k, v), grad))):
+            assert (got.float() - want).abs().max() <= tolerance * want.abs().max() + 1e-6
+
+
 def draws(n=40_000, **how):
     torch.manual_seed(0)
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0, 9.0]])
@@ -153,6 +248,8 @@ def test_sampling_frequencies():
     assert_frequencies(counts, torch.tensor([-math.inf, -math.inf, 2, 3]).softmax(0))
     counts, logits = draws(top_p=0.63)
     assert counts.tolist() == [0, 0, 0, 1, 0]
+    counts, logits = draws(top_k=3, top_p=0.7)  # 0.67 and 0.24 of the three
+    assert_frequencies(counts, torch.tensor([-math.inf, -math.inf, 2, 3]).softmax(0))
     counts, logits = draws(top_k=100, top_p=1.0)
     assert_frequencies(counts, logits.softmax(0))
 
