@@ -1,27 +1,43 @@
 """
-Measures a training step: time, tokens/s, memory, and how close it comes to what the device's matmuls can do.
+Measures how fast the work is done, how close that comes to what the device can do, and beside what else is at hand.
 
-    python bench.py                                          GPT-2 124M
-    python bench.py config/train_shakespeare_char.py         another model
-    python bench.py --profile=True                           where the time goes: a table, and a trace for a browser
+    python bench.py                                                a training step of GPT-2 124M
+    python bench.py config/train_shakespeare_char.py               of another model: every config file of train.py is a preset
+    python bench.py --what=decode --num_samples=10 --compare=hf    generation, beside transformers
+    python bench.py --what=data --compare=slices                   get_batch, beside a slice for each row
+    python bench.py --profile=True                                 where the time goes: a table, and a trace for a browser
+    python bench.py --compare="python ../other/bench.py --what=train"    beside any command whose last line is such JSON
 
-It stops after 20 steps or 20 seconds, with 3 steps at least; the last line is JSON. Every knob below can be set in a
-config file or as --key=value.
+Two things compared take turns in one run, and the median ratio of the pairs counts. The last line is JSON. Every knob
+below can be set in a config file or as --key=value.
 """
+import datetime
+import itertools
 import json
 import os
+import platform
+import shlex
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
 
 import numpy as np
 import torch
 
+import checkpoint
 import checks
 from model import GPT, GPTConfig
 from tokenizer import read_meta
 
+# what
+what = 'train'  # train (a step) | data (a batch) | prefill | decode | run (train.py as a process, to its end) | start (sample.py to a first token)
+compare = ''  # hf (transformers; train, prefill, decode) | slices (data) | a command, which takes turns with us
+num_samples = 1  # prefill and decode: sequences at once
+max_new_tokens = 100  # decode: tokens in each
+repeats = 20  # times that it is measured, at most: 3 at least, and no new one after 20 seconds, or after 60 of a comparison
 # data
 dataset = 'openwebtext'  # where it is prepared; random tokens else
 real_data = True  # False: random tokens in any case
@@ -37,17 +53,208 @@ bias = False
 seed = 1337
 device = 'auto'  # cpu | cuda | cuda:1 | mps | xpu; auto is the accelerator if there is one
 dtype = 'auto'  # float32 | bfloat16 | float16; auto is the fastest that is safe
-compile = 'auto'  # torch.compile the model: True | False; auto is True on CUDA
-profile = False  # profile the steps: the top operators as a table, and out_dir/trace.json
+compile = 'auto'  # torch.compile the model: True | False; auto is True for training on CUDA
+profile = False  # profile the work: the top operators as a table, and out_dir/trace.json
 out_dir = 'out-bench'  # where the trace goes
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
-MAX_STEPS, MAX_SECONDS, MIN_STEPS, WARMUP_STEPS = 20, 20, 3, 2
+MAX_SECONDS = 20
+PROMPT = {'prefill': 1000, 'decode': 16}
+
+# -----------------------------------------------------------------------------
+# the knobs, the machine, the data, the model
+checks.check_ranges(config)
+if what not in ('train', 'data', 'prefill', 'decode', 'run', 'start'):
+    checks.fail(f'what={what!r} is not known', 'use train, data, prefill, decode, run or start')
+if compare in ('hf', 'slices') and what not in dict(hf=('train', 'prefill', 'decode'), slices=('data',))[compare]:
+    checks.fail(f'compare={compare} does not go with what={what}', 'use it with ' + dict(hf='train, prefill or decode', slices='data')[compare])
+sampling = what in PROMPT
+device, device_why = checks.choose_device(device)
+device_type = torch.device(device).type
+dtype, dtype_why = checks.choose_dtype(dtype, device_type, sampling)
+compile, compile_why = checks.choose_compile(compile, device_type) if what == 'train' or compile != 'auto' else (False, 'only training is')
+if device_type == 'cuda':
+    torch.cuda.set_device(device)
+if device_type == 'cpu' and what == 'train':
+    checks.keep_freed_memory()
+torch.manual_seed(seed)
+torch.set_float32_matmul_precision('high')  # TF32 where the hardware has it
+ptdtype = getattr(torch, dtype)
+ctx = nullcontext() if dtype == 'float32' or sampling else torch.autocast(device_type, dtype=ptdtype)
+
+data_dir = checks.locate_data(dataset)
+meta = read_meta(data_dir) if data_dir else None
+vocab_size = meta['vocab_size'] if meta else 50304
+if data_dir and real_data:
+    tokens = checks.open_bin(os.path.join(data_dir, 'train.bin'), block_size, vocab_size)
+else:
+    tokens = np.random.default_rng(seed).integers(0, vocab_size, 2 ** 20).astype(np.uint16)
+windows = np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1)
+
+model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
+num_params, flops_per_token = model.get_num_params(), model.flops_per_token()
+model.to(device, ptdtype if sampling else torch.float32)
+if what == 'train':
+    free, asked = checks.free_memory(device), batch_size
+    while free and batch_size > 1 and sum(checks.training_bytes(model.get_num_params(False), model.config, batch_size, dtype)) > free:
+        batch_size //= 2
+    if batch_size < asked:
+        print(f'memory: batch_size={asked} would not fit into the {free / 2 ** 30:.1f} GiB that are free, so it is {batch_size}')
+prompt = torch.randint(vocab_size, (num_samples, min(PROMPT.get(what, 1), block_size - 1)), device=device)
+tokens_each = dict(train=batch_size * block_size, data=batch_size * block_size, prefill=prompt.numel(), decode=num_samples * max_new_tokens).get(what)
+print('data: ' + ('random tokens' if not real_data else data_dir or f'random tokens, as {dataset} is not prepared'))
+print(f'machine: {device} ({device_why}), {dtype} ({dtype_why}), {"compiled" if compile else "not compiled"} ({compile_why}), '
+      f'{torch.get_num_threads()} CPU threads, torch {torch.__version__}')
+print(f'model: {num_params / 1e6:.2f}M parameters, {n_layer} layers, {n_embd} wide, vocabulary {vocab_size}')
 
 
+# -----------------------------------------------------------------------------
+# the work: each function readies it and returns a function that does it once
 def synchronize():
     if device_type != 'cpu':
         torch.accelerator.synchronize(device)
+
+
+def get_batch(starts):
+    """As train.py's."""
+    rows = windows[starts]
+    checks.check_ids(rows, vocab_size, 'the data')
+    rows = torch.from_numpy(rows.astype(np.int64))
+    if device_type == 'cuda':
+        rows = rows.pin_memory()
+    rows = rows.to(device, non_blocking=True)
+    return rows[:, :-1], rows[:, 1:]
+
+
+def data_work():
+    """One batch, drawn and gathered as train.py does."""
+    iterations = itertools.count()
+    return lambda: get_batch(np.random.Philox(key=seed, counter=[0, 0, 0, next(iterations)]).random_raw(batch_size) % len(windows))
+
+
+def slices_work():
+    """One batch with a Python slice for each row, of inputs and of targets: nanoGPT's way."""
+    def work():
+        starts = torch.randint(len(tokens) - block_size, (batch_size,))
+        return [torch.stack([torch.from_numpy(tokens[i + d:i + d + block_size].astype(np.int64)) for i in starts]).to(device) for d in (0, 1)]
+    return work
+
+
+def train_work(model, loss_of):
+    """One iteration as train.py's: a batch, forward, backward, clipping, AdamW; loss_of(model, X, Y) is the forward pass."""
+    decay = [p for p in model.parameters() if p.dim() >= 2]
+    optimizer = torch.optim.AdamW([{'params': decay, 'weight_decay': 0.1}, {'params': [p for p in model.parameters() if p.dim() < 2], 'weight_decay': 0.0}],
+                                  lr=1e-4, betas=(0.9, 0.95), fused=device_type in ('cuda', 'cpu', 'mps', 'xpu'))
+    scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
+    run = torch.compile(model) if compile else model
+    batch = data_work()
+
+    def work():
+        with ctx:
+            loss = loss_of(run, *batch())
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+    return work
+
+
+def sampling_work():
+    """The prompt's last logits (prefill), or a prompt and its continuation as sample.py makes it (decode)."""
+    model.eval()
+    if compile:
+        model.forward = torch.compile(model.forward)
+    elif device_type == 'cpu':
+        model.pack_weights(num_samples)
+    generate = torch.inference_mode()(lambda n: model.generate(prompt, n, temperature=0.8, top_k=200, vocab_size=vocab_size))
+    return lambda: generate(max_new_tokens if what == 'decode' else 1)
+
+
+def hf_work():
+    """The same with the GPT-2 of transformers; sampling in bfloat16, sdpa, with its cache."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    hf = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_positions=block_size, n_embd=n_embd, n_layer=n_layer, n_head=n_head, resid_pdrop=dropout,
+                                    embd_pdrop=dropout, attn_pdrop=dropout, attn_implementation='sdpa', bos_token_id=0, eos_token_id=0)).to(device)
+    if what == 'train':
+        return train_work(hf.train(), lambda hf, X, Y: hf(X, labels=X, use_cache=False).loss)
+    hf.eval().to(torch.bfloat16)
+    if what == 'prefill':
+        return torch.inference_mode()(lambda: hf(prompt, use_cache=True).logits)
+    options = dict(max_new_tokens=max_new_tokens, min_new_tokens=max_new_tokens, do_sample=True, temperature=0.8, top_k=200, use_cache=True, pad_token_id=0)
+    return torch.inference_mode()(lambda: hf.generate(prompt, attention_mask=torch.ones_like(prompt), **options))
+
+
+def process_work(*command):
+    """A whole process, from start to end; its output only if it fails."""
+    def work():
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            checks.fail(f'{shlex.join(command)} ended with status {done.returncode}: {(done.stderr or done.stdout).strip()[-500:]}')
+        return done.stdout
+    return work
+
+
+def timed(work):
+    """Seconds that the work takes once: of a command its own report of tokens_per_s, if the work here is a number of tokens."""
+    synchronize()
+    t0 = time.perf_counter()
+    made = work()
+    synchronize()
+    if isinstance(made, str) and tokens_each:
+        try:
+            return tokens_each / json.loads(made.splitlines()[-1])['tokens_per_s']
+        except (ValueError, KeyError, IndexError):
+            checks.fail(f'{compare!r} printed no JSON with tokens_per_s as its last line')
+    return time.perf_counter() - t0
+
+
+def turn(work):
+    """Seconds of the work, once; short work in a comparison is the median of about a second's, as a command's is of its own."""
+    dt = timed(work)
+    more = min(99, int(1 / dt)) if theirs and not (work is theirs and compare not in ('hf', 'slices')) else 0
+    return statistics.median([dt] + [timed(work) for _ in range(more)])
+
+
+here = os.path.dirname(os.path.abspath(__file__))
+scratch = tempfile.TemporaryDirectory()
+if what == 'run':
+    args = [arg for arg in sys.argv[1:] if not arg.startswith(('--what', '--compare', '--repeats'))]
+    ours = process_work(sys.executable, os.path.join(here, 'train.py'), *args, f'--out_dir={scratch.name}')
+elif what == 'start':
+    args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, vocab_size=vocab_size)
+    checkpoint.save(dict(model=model.state_dict(), model_args=args, iter_num=0, best_val_loss=0.0, config={}, meta=meta), scratch.name, best=True)
+    ours = process_work(sys.executable, os.path.join(here, 'sample.py'), f'--out_dir={scratch.name}', '--num_samples=1', '--max_new_tokens=1')
+elif what == 'train':
+    ours = train_work(model, lambda model, X, Y: model(X, Y, return_logits=False)[1])
+else:
+    ours = data_work() if what == 'data' else sampling_work()
+theirs = {'': None, 'hf': hf_work, 'slices': slices_work}.get(compare, lambda: process_work(*shlex.split(compare)))
+theirs = theirs() if theirs else None
+
+
+# -----------------------------------------------------------------------------
+# the device's own rates
+def best_seconds(work):
+    timed(work)
+    return min(timed(work) for _ in range(3))
+
+
+def matmul_rates():
+    """{size: FLOP/s} of square matmuls in the dtype used, each the best of three."""
+    rates = {}
+    for n in (1024, 2048, 4096):
+        a, b = (torch.randn(n, n, device=device, dtype=ptdtype) for _ in range(2))
+        rates[n] = 2 * n ** 3 / best_seconds(lambda: a @ b)
+    return rates
+
+
+def read_rate():
+    """Bytes/s at which a GiB is read, the best of three."""
+    x = torch.ones(2 ** 28, device=device)
+    return x.nbytes / best_seconds(x.sum)
 
 
 def peak_memory():
@@ -61,90 +268,30 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
-def matmul_rates():
-    """{size: FLOP/s} of square matmuls in the dtype used, each the best of three."""
-    rates = {}
-    for n in (1024, 2048, 4096):
-        a, b = (torch.randn(n, n, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
-        times = []
-        for _ in range(4):
-            synchronize()
-            t0 = time.perf_counter()
-            a @ b
-            synchronize()
-            times.append(time.perf_counter() - t0)
-        rates[n] = 2 * n ** 3 / min(times[1:])
-    return rates
-
-
-checks.check_ranges(config)
-device, device_why = checks.choose_device(device)
-device_type = torch.device(device).type
-dtype, dtype_why = checks.choose_dtype(dtype, device_type)
-compile, compile_why = checks.choose_compile(compile, device_type)
-torch.manual_seed(seed)
-torch.set_float32_matmul_precision('high')  # TF32 where the hardware has it
-ctx = nullcontext() if dtype == 'float32' else torch.autocast(device_type, dtype=getattr(torch, dtype))
-
-data_dir = checks.locate_data(dataset)
-meta = read_meta(data_dir) if data_dir else None
-vocab_size = meta['vocab_size'] if meta else 50304
-if data_dir and real_data:
-    tokens = checks.open_bin(os.path.join(data_dir, 'train.bin'), block_size, vocab_size)
+# -----------------------------------------------------------------------------
+# the measurement
+if what in ('run', 'start'):
+    print('no warm-up: a process is measured from its start', flush=True)
 else:
-    tokens = np.random.default_rng(seed).integers(0, vocab_size, 2 ** 20).astype(np.uint16)
-print('data: ' + ('random tokens' if not real_data else data_dir or f'random tokens, as {dataset} is not prepared'))
-print(f'machine: {device} ({device_why}), {dtype} ({dtype_why}), {"compiled" if compile else "not compiled"} ({compile_why}), '
-      f'{torch.get_num_threads()} CPU threads, torch {torch.__version__}')
-
-model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)).to(device)
-free, asked = checks.free_memory(device), batch_size
-while free and batch_size > 1 and sum(checks.training_bytes(model.get_num_params(False), model.config, batch_size, dtype)) > free:
-    batch_size //= 2
-if batch_size < asked:
-    print(f'memory: batch_size={asked} would not fit into the {free / 2 ** 30:.1f} GiB that are free, so it is {batch_size}')
-optimizer = model.configure_optimizers(1e-2, 1e-4, (0.9, 0.95), device_type)
-scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-step_model = torch.compile(model) if compile else model
-print(f'model: {model.get_num_params() / 1e6:.2f}M parameters, {n_layer} layers, {n_embd} wide, vocabulary {vocab_size}; '
-      f'batch {batch_size} x {block_size} tokens')
-rng = np.random.default_rng(seed)
-
-
-def train_step():
-    """One iteration as train.py's: a batch, forward, backward, clipping, AdamW; returns its loss."""
-    starts = rng.integers(0, len(tokens) - block_size, batch_size)
-    rows = torch.from_numpy(tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
-    rows = (rows.pin_memory() if device_type == 'cuda' else rows).to(device, non_blocking=True)
-    with ctx:
-        _, loss = step_model(rows[:, :-1], rows[:, 1:])
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return loss.detach()
-
-
-print('warming up', flush=True)
-t0 = time.perf_counter()
-for _ in range(WARMUP_STEPS):
-    loss = train_step()
-    synchronize()
-    if time.perf_counter() - t0 > MAX_SECONDS:
-        break  # a step of this length has nothing to warm up
-print(f'warmed up in {time.perf_counter() - t0:.1f} s')
-times, profiler = [], None
+    print('warming up', flush=True)
+    t0 = time.perf_counter()
+    for work in (ours, theirs) if compare in ('hf', 'slices') else (ours,):
+        t1 = time.perf_counter()
+        timed(work)
+        if time.perf_counter() - t1 < MAX_SECONDS:  # work of such length has nothing more to warm up
+            timed(work)
+    print(f'warmed up in {time.perf_counter() - t0:.1f} s', flush=True)
+profiler = None
 if profile:
     checks.make_folder(out_dir)
     profiler = torch.profiler.profile()
     profiler.start()
-while len(times) < MIN_STEPS or len(times) < MAX_STEPS and sum(times) < MAX_SECONDS:
-    t0 = time.perf_counter()
-    loss = train_step()
-    synchronize()
-    times.append(time.perf_counter() - t0)
+times, their_times = [], []
+started = time.perf_counter()
+while len(times) < 3 or len(times) < repeats and time.perf_counter() - started < (3 * MAX_SECONDS if theirs else MAX_SECONDS):
+    for work, taken in ((ours, times), (theirs, their_times)):
+        if work:
+            taken.append(turn(work))
 memory = peak_memory()
 if profiler:
     profiler.stop()
@@ -154,24 +301,41 @@ if profiler:
     print(profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=50))
     print(f'trace: {trace}; open it in chrome://tracing or ui.perfetto.dev')
 
-rates = matmul_rates()
-rate = max(rates.values())
 dt = statistics.median(times)
-flops = model.flops_per_token() * batch_size * block_size
-mfu = model.estimate_mfu(batch_size, dt)
-result = dict(what='train', device=torch.cuda.get_device_name(device) if device_type == 'cuda' else device, dtype=dtype, compile=compile,
-              torch=torch.__version__, n_layer=n_layer, n_embd=n_embd, batch_size=batch_size, block_size=block_size, steps=len(times),
-              loss=loss.item(), ms_per_iter=1000 * dt, tokens_per_s=batch_size * block_size / dt, peak_memory_bytes=memory,
-              matmul_flops_per_s=rate, share_of_matmul_rate=flops / dt / rate, mfu=mfu)
-print(f'''
-                          {'min':>12} {'median':>12} {'max':>12}   of {len(times)} steps
-time per step, ms         {1000 * min(times):12.2f} {1000 * dt:12.2f} {1000 * max(times):12.2f}
-tokens/s                  {result['tokens_per_s'] * dt / max(times):12,.0f} {result['tokens_per_s']:12,.0f} {result['tokens_per_s'] * dt / min(times):12,.0f}
-TFLOP/s of the model      {flops / max(times) / 1e12:12.3f} {flops / dt / 1e12:12.3f} {flops / min(times) / 1e12:12.3f}
-matmul rate, TFLOP/s      {rate / 1e12:12.3f}   best of {', '.join(f'{n}: {r / 1e12:.3f}' for n, r in rates.items())} square, {dtype}
-share of the matmul rate  {100 * result['share_of_matmul_rate']:11.1f}%
-peak memory               {f'{memory / 2 ** 30:8.2f} GiB' if memory else 'n/a':>12}
-last loss                 {result['loss']:12.4f}
-''')
-print(f'time per iteration: {1000 * dt:.4f} ms, MFU: {f"{100 * mfu:.2f}%" if mfu else f"n/a (no peak known for this {device_type})"}')
+result = dict(what=what, compare=compare, device=torch.cuda.get_device_name(device) if device_type == 'cuda' else device, dtype=dtype, compile=compile,
+              torch=torch.__version__, python=platform.python_version(), date=datetime.date.today().isoformat(), n_layer=n_layer, n_embd=n_embd,
+              batch_size=num_samples if sampling else batch_size, block_size=block_size, times=len(times), ms_per_iter=1000 * dt, peak_memory_bytes=memory)
+print(f'\n{"":26}{"min":>12} {"median":>12} {"max":>12}   of {len(times)}')
+print(f'{"ms a time, ours":26}{1000 * min(times):12.3f} {1000 * dt:12.3f} {1000 * max(times):12.3f}')
+if theirs:
+    ratios = [b / a for a, b in zip(times, their_times)]
+    result.update(their_ms_per_iter=1000 * statistics.median(their_times), ratio=statistics.median(ratios))
+    print(f'{"ms a time, theirs":26}{1000 * min(their_times):12.3f} {result["their_ms_per_iter"]:12.3f} {1000 * max(their_times):12.3f}   {compare}')
+    print(f'{"times as fast, in pairs":26}{min(ratios):12.2f} {result["ratio"]:12.2f} {max(ratios):12.2f}')
+if tokens_each:
+    result['tokens_per_s'] = tokens_each / dt
+    print(f'{"tokens/s":26}{tokens_each / max(times):12,.0f} {tokens_each / dt:12,.0f} {tokens_each / min(times):12,.0f}')
+if what in ('train', 'prefill'):
+    # a prompt has a forward pass alone, a third of the FLOPs, and the output layer for its last token only
+    head = 2 * vocab_size * n_embd
+    flops = flops_per_token * tokens_each if what == 'train' else (flops_per_token / 3 - head) * tokens_each + head * num_samples
+    rates = matmul_rates()
+    rate = max(rates.values())
+    result.update(matmul_flops_per_s=rate, share_of_matmul_rate=flops / dt / rate)
+    print(f'{"TFLOP/s":26}{flops / max(times) / 1e12:12.3f} {flops / dt / 1e12:12.3f} {flops / min(times) / 1e12:12.3f}')
+    print(f'{"matmul rate, TFLOP/s":26}{rate / 1e12:12.3f}   best of {", ".join(f"{n}: {r / 1e12:.3f}" for n, r in rates.items())} square, {dtype}')
+    print(f'{"share of the matmul rate":26}{100 * result["share_of_matmul_rate"]:11.1f}%')
+if what == 'decode':
+    rate = read_rate()
+    floor = num_params * ptdtype.itemsize / rate  # every weight is read once a token
+    result.update(read_bytes_per_s=rate, share_of_read_rate=floor * max_new_tokens / dt)
+    print(f'{"ms a token":26}{1000 * min(times) / max_new_tokens:12.3f} {1000 * dt / max_new_tokens:12.3f} {1000 * max(times) / max_new_tokens:12.3f}')
+    print(f'{"reading the weights, ms":26}{1000 * floor:12.3f}   at {rate / 1e9:.1f} GB/s')
+    print(f'{"share of the read rate":26}{100 * result["share_of_read_rate"]:11.1f}%')
+print(f'{"peak memory":26}{f"{memory / 2 ** 30:8.2f} GiB" if memory else "n/a":>12}\n')
+mfu = 'n/a'
+if what == 'train':
+    result['loss'], result['mfu'] = ours().item(), model.estimate_mfu(batch_size, dt)
+    mfu = f'{100 * result["mfu"]:.2f}%' if result['mfu'] else f'n/a (no peak known for this {device_type})'
+print(f'time per iteration: {1000 * dt:.4f} ms, MFU: {mfu}')
 print(json.dumps(result))
