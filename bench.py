@@ -96,7 +96,7 @@ num_params, flops_per_token = model.get_num_params(), model.flops_per_token()
 model.to(device, ptdtype if sampling else torch.float32)
 if what == 'train':
     free, asked = checks.free_memory(device), batch_size
-    while free and batch_size > 1 and sum(checks.training_bytes(model.get_num_params(False), model.config, batch_size, dtype)) > free:
+    while free and batch_size > 1 and sum(checks.training_bytes(model.get_num_params(False), model.config, batch_size, dtype, device_type, compile)) > free:
         batch_size //= 2
     if batch_size < asked:
         print(f'memory: batch_size={asked} would not fit into the {free / 2 ** 30:.1f} GiB that are free, so it is {batch_size}')

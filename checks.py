@@ -46,7 +46,8 @@ def warn(text):
 # (what a knob must be, the test of it, the knobs)
 RANGES = (
     ('at least 1', lambda v: v >= 1, ('n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'eval_interval',
-                                      'log_interval', 'eval_iters', 'num_samples', 'max_bytes', 'repeats')),
+                                      'log_interval', 'eval_iters', 'num_samples', 'max_bytes', 'repeats',
+                                      'max_bad_steps')),
     ('at least 0', lambda v: v >= 0, ('max_iters', 'warmup_iters', 'lr_decay_iters', 'save_interval', 'weight_decay', 'grad_clip', 'learning_rate',
                                       'min_lr', 'max_new_tokens', 'top_k', 'temperature', 'num_proc')),
     ('at least 0 and below 2**64', lambda v: 0 <= v < 2 ** 64, ('seed',)),
@@ -217,17 +218,20 @@ def check_accumulation(gradient_accumulation_steps, world_size):
              f'use --gradient_accumulation_steps={near}')
 
 
-def training_bytes(num_params, config, batch_size, dtype):
+def training_bytes(num_params, config, batch_size, dtype, device_type='cuda', compiled=True):
     """Bytes that training takes, as (held throughout, activations at their peak); the second is an estimate.
 
     Held: float32 weights, gradients and AdamW's two moments, 16 bytes a parameter. Activations: what the backward
     pass keeps of each layer, about 34 x C bytes a token in 16-bit numbers (Korthikanti et al. 2022,
-    https://arxiv.org/abs/2205.05198, without the attention matrix, which flash attention never stores), and the
-    logits with their gradient.
+    https://arxiv.org/abs/2205.05198, without the attention matrix, which only dropout on a CPU keeps, with masks), and the
+    logits with their gradient, whole if compiled, else in pieces of 2**24.
     """
-    width = 1 if dtype != 'float32' else 2
-    per_token = 34 * config.n_layer * config.n_embd * width + config.vocab_size * (4 + 4 + 4 * width)
-    return 16 * num_params, batch_size * config.block_size * per_token
+    width, tokens = 1 if dtype != 'float32' else 2, batch_size * config.block_size
+    per_token = 34 * config.n_layer * config.n_embd * width
+    if config.dropout and device_type == 'cpu':
+        per_token += 4 * config.n_layer * (config.n_head * config.block_size + config.n_embd) * 2 * width
+    logits = tokens * config.vocab_size if compiled else min(tokens * config.vocab_size, 2 ** 24)
+    return 16 * num_params, tokens * per_token + logits * (4 + 4 + 4 * width)
 
 
 def keep_freed_memory():

@@ -60,6 +60,7 @@ weight_decay = 1e-1
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0 is no clipping
+max_bad_steps = 10  # updates in a row skipped, as the gradient's norm wasn't finite, after which the run stops
 # learning rate schedule
 decay_lr = True  # warm up, then decay as a cosine; False: learning_rate throughout
 warmup_iters = 2000
@@ -267,7 +268,7 @@ if iter_num >= max_iters > 0 and not eval_only:
     distributed.shutdown()
     sys.exit(0)
 if master_process:
-    held, activations = checks.training_bytes(raw_model.get_num_params(False), raw_model.config, batch_size, dtype)
+    held, activations = checks.training_bytes(raw_model.get_num_params(False), raw_model.config, batch_size, dtype, device_type, compile)
     train_tokens = len(windows['train']) + block_size
     print(f'model: {origin}, {raw_model.get_num_params() / 1e6:.2f}M parameters, vocabulary {raw_model.config.vocab_size}'
           + (f' (the checkpoint overrules {", ".join(overruled)})' if overruled else ''))
@@ -293,6 +294,7 @@ wandb_run = never_fatal(start_wandb) if wandb_log and master_process else None
 # -----------------------------------------------------------------------------
 # the loop
 first_iter = iter_num
+bad_steps = torch.zeros((), device=device)  # updates skipped in a row
 mfu = None  # a running mean, unknown at first
 X, Y = get_micro_batch(iter_num, 0)
 t0, timed_from = time.perf_counter(), iter_num
@@ -337,9 +339,14 @@ while True:
             X, Y = get_micro_batch(iter_num + last_micro_step, (micro_step + 1) % micro_steps)
             scaler.scale(loss / micro_steps).backward()
         loss_sum += loss.detach()
-    if grad_clip:
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    # what isn't finite must not reach the weights: fused AdamW leaves them, its moments and its count of steps as they
+    # are where found_inf is 1, without the host having to know (a GradScaler sets it by itself)
+    bad = (~grad_norm.isfinite()).float()
+    bad_steps = (bad_steps + 1) * bad
+    if not scaler.is_enabled():
+        optimizer.found_inf = bad
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -349,12 +356,21 @@ while True:
         loss = distributed.mean(loss_sum / micro_steps).item()  # over the whole batch and all ranks; waits for the device
         dt = (time.perf_counter() - t0) / (iter_num + 1 - timed_from)
         t0, timed_from = time.perf_counter(), iter_num + 1
+        bad_now = int(bad_steps.item())
         if master_process:
             now = raw_model.estimate_mfu(batch_size * micro_steps, dt) if iter_num - first_iter >= 5 else None  # the first ones warm up
             mfu = now if mfu is None else 0.9 * mfu + 0.1 * now
             print(f'iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {f"{mfu * 100:.2f}%" if mfu else "n/a"}, '
                   f'{tokens_per_iter / dt:,.0f} tokens/s', flush=True)
-            log(event='iter', iter=iter_num, loss=loss, ms=1000 * dt, lr=lr, mfu=100 * mfu if mfu else None)
+            if bad_now:
+                checks.warn(f'iter {iter_num}: the gradient is not finite; skipped the last {bad_now} updates in a row')
+            log(event='iter', iter=iter_num, loss=loss if math.isfinite(loss) else None, ms=1000 * dt, lr=lr, mfu=100 * mfu if mfu else None,
+                grad_norm=grad_norm.item() if not bad_now else None, bad_steps=bad_now)
+        if bad_now >= max_bad_steps:
+            iter_num += 1
+            where = f'; the weights before them are in {save_state(best=False)}' if master_process else ''
+            checks.fail(f'{bad_now} updates in a row had a gradient that is not finite{where}',
+                        'try a lower --learning_rate, a smaller --grad_clip, a longer --warmup_iters, or --dtype=bfloat16 for float16')
     iter_num += 1
 
 if master_process and not eval_only:

@@ -32,7 +32,7 @@ def run(*command, ok=True, cwd=ROOT, **env):
 def judged(result, ok):
     if ok:
         assert not result.returncode, result.stdout + result.stderr
-    else:  # a user's mistake: one line, status 1, no traceback
+    elif ok is not None:  # a user's mistake: one line, status 1, no traceback
         assert result.returncode == 1 and result.stderr.startswith('error: ') and result.stderr.count('\n') == 1, result.stderr
     return result
 

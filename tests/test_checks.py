@@ -98,6 +98,7 @@ def test_memory_estimate_holds_16_bytes_a_parameter():
     config = GPTConfig()
     held, small = checks.training_bytes(1000, config, 1, 'bfloat16')
     assert held == 16000 and checks.training_bytes(1000, config, 2, 'bfloat16')[1] == 2 * small < checks.training_bytes(1000, config, 2, 'float32')[1]
+    assert checks.training_bytes(1000, config, 2, 'bfloat16', compiled=False)[1] < 2 * small  # never all logits at once
 
 
 @pytest.mark.skipif(not sys.platform.startswith('linux') or platform.libc_ver()[0] != 'glibc', reason='glibc alone has these settings')

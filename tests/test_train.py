@@ -10,6 +10,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY, functions_of, metrics, run, run_here
 
+import checkpoint
+import model
+
 
 def test_learning_rates_are_nanogpts(golden):
     for schedule in golden['lr_schedules']:
@@ -263,3 +266,41 @@ def test_data_of_another_vocabulary_is_refused(trained, char_data, tmp_path):
 def test_metrics_are_json_lines(trained):
     with open(os.path.join(trained, 'metrics.jsonl'), encoding='utf-8') as f:
         assert [json.loads(line)['event'] for line in f][:2] == ['run', 'eval']
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(char_data, tmp_path, monkeypatch):
+    # the same run twice: one with a poisoned loss in iteration 3, one that leaves out the update of iteration 3
+    args = [*TINY, f'--dataset={char_data}', '--max_iters=6', '--dropout=0.1', '--log_interval=1', '--eval_interval=100']
+    forward, step, calls = model.GPT.forward, torch.optim.AdamW.step, {'forward': 0, 'step': 0}
+
+    def poisoned(self, *args, **kwargs):
+        logits, loss = forward(self, *args, **kwargs)
+        calls['forward'] += self.training
+        return logits, loss * math.inf if calls['forward'] == 2 * 3 + 1 and self.training else loss  # of two micro-steps
+
+    def left_out(self, *args, **kwargs):
+        calls['step'] += 1
+        return None if calls['step'] == 4 else step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.GPT, 'forward', poisoned)
+        err = run_here('train.py', *args, f'--out_dir={tmp_path / "poisoned"}').stderr
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, 'step', left_out)
+        run_here('train.py', *args, f'--out_dir={tmp_path / "left_out"}')
+    assert calls == {'forward': 12, 'step': 6} and 'iter 3: the gradient is not finite; skipped the last 1 updates in a row' in err
+    a, b = (torch.load(tmp_path / name / 'ckpt.pt', weights_only=True) for name in ('poisoned', 'left_out'))
+    assert all(torch.equal(a['model'][k], b['model'][k]) for k in a['model'])
+    for i, state in a['optimizer']['state'].items():
+        assert all(torch.equal(state[k], b['optimizer']['state'][i][k]) for k in state) and state['step'] == 5
+    lines = metrics(tmp_path / 'poisoned', 'iter')
+    assert [e['bad_steps'] for e in lines] == [0, 0, 0, 1, 0, 0] and lines[3]['grad_norm'] is None and lines[4]['grad_norm'] > 0
+
+
+def test_too_many_bad_gradients_end_the_run(char_data, tmp_path):
+    bad = run_here('train.py', *TINY, f'--dataset={char_data}', '--max_iters=20', '--learning_rate=1e30', '--decay_lr=False', '--max_bad_steps=3',
+                   f'--out_dir={tmp_path}', '--log_interval=2', ok=None)
+    last = bad.stderr.splitlines()[-1]
+    assert bad.returncode == 1 and last.startswith('error: 4 updates in a row had a gradient that is not finite') and '--learning_rate' in last
+    state = checkpoint.load(str(tmp_path / 'ckpt_last.pt'))
+    assert state['iter_num'] == 5 and all(w.isfinite().all() for w in state['model'].values()) and str(tmp_path / 'ckpt_last.pt') in last
