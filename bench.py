@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -116,7 +117,7 @@ def synchronize():
 
 
 def get_batch(starts):
-    """As train.py's."""
+    """As train.py's, but for the stream of its own that the copy has there."""
     rows = windows[starts]
     checks.check_ids(rows, vocab_size, 'the data')
     rows = torch.from_numpy(rows.astype(np.int64))
@@ -197,31 +198,32 @@ def process_work(*command):
     return work
 
 
-def timed(work):
-    """Seconds that the work takes once: of a command its own report of tokens_per_s, if the work here is a number of tokens."""
+def timed(work, times=1):
+    """Seconds that the work takes once, the mean of so many: of a command its own report of tokens_per_s, if there are tokens."""
     synchronize()
     t0 = time.perf_counter()
-    made = work()
+    for _ in range(times):
+        made = work()
     synchronize()
     if isinstance(made, str) and tokens_each:
         try:
             return tokens_each / json.loads(made.splitlines()[-1])['tokens_per_s']
         except (ValueError, KeyError, IndexError):
             checks.fail(f'{compare!r} printed no JSON with tokens_per_s as its last line')
-    return time.perf_counter() - t0
+    return (time.perf_counter() - t0) / times
 
 
 def turn(work):
-    """Seconds of the work, once; short work in a comparison is the median of about a second's, as a command's is of its own."""
+    """Seconds of the work, once. Short work of ours is done for a third of a second in a row, as in training: no waiting for the device between."""
     dt = timed(work)
-    more = min(99, int(1 / dt)) if theirs and not (work is theirs and compare not in ('hf', 'slices')) else 0
-    return statistics.median([dt] + [timed(work) for _ in range(more)])
+    row = min(100, int(0.3 / dt)) if (work is ours or compare in ('hf', 'slices')) and not profile else 0
+    return timed(work, row) if row > 1 and tokens_each else dt
 
 
 here = os.path.dirname(os.path.abspath(__file__))
 scratch = tempfile.TemporaryDirectory()
 if what == 'run':
-    args = [arg for arg in sys.argv[1:] if not arg.startswith(('--what', '--compare', '--repeats'))]
+    args = [arg for arg in sys.argv[1:] if not re.match('--(what|compare|repeats|num_samples|max_new_tokens|real_data|profile)', arg)]
     ours = process_work(sys.executable, os.path.join(here, 'train.py'), *args, f'--out_dir={scratch.name}')
 elif what == 'start':
     args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, vocab_size=vocab_size)
@@ -316,9 +318,10 @@ if tokens_each:
     result['tokens_per_s'] = tokens_each / dt
     print(f'{"tokens/s":26}{tokens_each / max(times):12,.0f} {tokens_each / dt:12,.0f} {tokens_each / min(times):12,.0f}')
 if what in ('train', 'prefill'):
-    # a prompt has a forward pass alone, a third of the FLOPs, and the output layer for its last token only
-    head = 2 * vocab_size * n_embd
-    flops = flops_per_token * tokens_each if what == 'train' else (flops_per_token / 3 - head) * tokens_each + head * num_samples
+    # a prompt has a forward pass alone, the output layer for its last token only, and attends to half of itself on average
+    head = vocab_size * n_embd
+    flops = flops_per_token * tokens_each if what == 'train' else \
+        2 * (num_params - head) * tokens_each + 2 * head * num_samples + 2 * n_layer * n_embd * prompt.size(1) * tokens_each
     rates = matmul_rates()
     rate = max(rates.values())
     result.update(matmul_flops_per_s=rate, share_of_matmul_rate=flops / dt / rate)

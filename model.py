@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -54,7 +55,7 @@ def attention(q, k, v, dropout_p=0.0, mask=None):
     shape, T, hs = q.size(), q.size(2), q.size(3)
     # on CPUs F.scaled_dot_product_attention has no fast path with dropout (T=256, forward and backward: 436 ms against
     # 228), and in bfloat16 a slow backward for short sequences (T=64: 5.4 ms against 1.6, T=1024: 269 against 318)
-    slow = dropout_p or T <= 512 and q.dtype == torch.bfloat16 and q.requires_grad
+    slow = mask is None and (dropout_p or T <= 512 and q.dtype == torch.bfloat16 and q.requires_grad)
     if q.device.type != 'cpu' or not slow or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=T > 1)
     future = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
@@ -167,22 +168,24 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, dtype, training):
-        count, loss = (targets >= 0).sum(), x.new_zeros((), dtype=torch.float32)
+        count, loss = (targets != -1).sum(), x.new_zeros((), dtype=torch.float32)
         w, (dx, dw) = weight.to(dtype), (torch.zeros_like(z) if training else None for z in (x, weight))
         rows = max(1, 2 ** 24 // len(weight))
         for i in range(0, len(x), rows):
             x_i, t = x[i:i + rows].to(dtype), targets[i:i + rows, None]
+            counts, t = t != -1, t.masked_fill(t == -1, 0)
             logits = (x_i @ w.t()).float()  # (rows, V)
-            loss += torch.where(t >= 0, logits.logsumexp(dim=-1, keepdim=True) - logits.gather(1, t.clamp(min=0)), 0.0).sum()
+            loss += (logits.logsumexp(dim=-1, keepdim=True) - logits.gather(1, t)).masked_fill(~counts, 0.0).sum()
             if training:  # the logits' gradient: their softmax, less 1 at the target
-                d = logits.softmax(dim=-1).scatter_add_(1, t.clamp(min=0), -torch.ones_like(t, dtype=torch.float32))
-                d = d.mul_(t >= 0).to(dtype)
+                d = logits.softmax(dim=-1).scatter_add_(1, t, -torch.ones_like(t, dtype=torch.float32))
+                d = d.mul_(counts).to(dtype)
                 dx[i:i + rows] = d @ w
                 dw += d.t() @ x_i
         ctx.save_for_backward(dx, dw, count)
         return loss / count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         dx, dw, count = ctx.saved_tensors
         return dx * (grad / count), dw * (grad / count), None, None, None
@@ -249,12 +252,14 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(self.transformer.ln_f(x[:, [-1]])), None  # (B, 1, V): a list index keeps the dimension
         x = self.transformer.ln_f(x)
-        if not return_logits and not torch.compiler.is_compiling():
-            kind = x.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        # the compiler fuses the loss by itself; in float16 gradients made before the loss is scaled would vanish
+        if not return_logits and dtype != torch.float16 and not torch.compiler.is_compiling():
             return None, LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), dtype, torch.is_grad_enabled())
         logits = self.lm_head(x)  # (B, T, V)
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits if return_logits else None, loss
 
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None):
         """Yields max_new_tokens times the next token of every row of the prompt idx (B, T), as ids (B, 1).
@@ -277,7 +282,7 @@ class GPT(nn.Module):
                     # once the context is full every token moves to another position, and all keys and values change:
                     # learned positions leave nothing to reuse
                     kv_cache, decode = None, step
-                elif n == 1 and idx.is_cuda:
+                elif n == 1 and idx.is_cuda and max_new_tokens > 16:  # fewer don't pay for making the graph
                     decode = cuda_graph(step, new, kv_cache)
                 new = decode(new if kv_cache is not None else idx)
             idx = torch.cat((idx, new), dim=1)[:, -block_size:]
@@ -394,20 +399,23 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, vocab_size=None):
 def cuda_graph(step, new, kv_cache):
     """step, which makes of a token (B, 1) the next one, as a graph: its hundreds of small kernels are launched as one."""
     length, given = kv_cache.length, new.clone()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step(given)  # chooses the kernels, and gets them their workspaces
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        made = step(given)
+    with torch.cuda.device(new.device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step(given)  # chooses the kernels, and gets them their workspaces
+        torch.cuda.current_stream().wait_stream(side)
+        kv_cache.length = length
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            made = step(given)
     kv_cache.length = length
-    kv_cache.position.fill_(length)  # neither step counts
+    kv_cache.position.fill_(length)  # neither of the two steps counts
 
     def replay(new):
-        given.copy_(new)
-        graph.replay()
+        with torch.cuda.device(new.device):
+            given.copy_(new)
+            graph.replay()
         kv_cache.length += 1
         return made.clone()
 

@@ -115,13 +115,14 @@ def test_static_cache_gives_the_same_logits():
 @pytest.mark.gpu
 def test_generation_as_a_cuda_graph():
     model = small().cuda()
-    idx = prompt = torch.randint(50, (3, 5), device='cuda')
-    for _ in range(30):  # past block_size: 16
-        idx = torch.cat((idx, model(idx[:, -16:])[0][:, -1].argmax(-1, keepdim=True)), dim=1)
-    assert torch.equal(model.generate(prompt, 30, temperature=0), idx)
+    for T in (5, 14, 15, 16):
+        idx = prompt = torch.randint(50, (3, T), device='cuda')
+        for _ in range(30):  # past block_size: 16
+            idx = torch.cat((idx, model(idx[:, -16:])[0][:, -1].argmax(-1, keepdim=True)), dim=1)
+        assert torch.equal(model.generate(prompt, 30, temperature=0), idx)
     torch.manual_seed(0)
-    drawn = model.generate(prompt[:1].expand(64, -1), 11, temperature=100.0)  # a graph must not repeat its random numbers
-    assert all(drawn[:, t].unique().numel() > 20 for t in range(5, 16)) and not torch.equal(drawn[:, 7], drawn[:, 8])
+    drawn = model.generate(prompt[:1, :1].expand(64, -1), 17, temperature=100.0)  # a graph must not repeat its random numbers
+    assert all(drawn[:, t].unique().numel() > 20 for t in range(1, 18)) and not torch.equal(drawn[:, 7], drawn[:, 8])
 
 
 @pytest.mark.parametrize('dtype, rtol', [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
@@ -182,10 +183,28 @@ def test_the_loss_alone_is_the_same_loss(dtype, rtol):
         results.append((loss.detach(), *(p.grad for p in model.parameters())))
         model.zero_grad()
     assert logits is None and loss.dtype == torch.float32
+    with pytest.raises((IndexError, RuntimeError)):  # -1 alone is ignored
+        model(x, y - 100, return_logits=False)
     for whole, pieces in zip(*results):
         assert (whole - pieces).norm() <= rtol * whole.norm()
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=dtype == 'bfloat16'):
         assert abs(model(x, y, return_logits=False)[1] - loss) < 1e-6 * loss
+
+
+def test_compiled_it_gives_no_logits_and_compiles_once():
+    model, graphs = small(), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=count)
+    x, y = torch.randint(50, (2, 2, 16))
+    for _ in range(3):
+        logits, loss = compiled(x, y, return_logits=False)
+        loss.backward()
+    assert logits is None and len(graphs) == 1
+    torch.testing.assert_close(loss, model(x, y)[1])
 
 
 def test_dropout_zeroes_and_scales():
