@@ -252,11 +252,11 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(self.transformer.ln_f(x[:, [-1]])), None  # (B, 1, V): a list index keeps the dimension
         x = self.transformer.ln_f(x)
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        # the compiler fuses the loss by itself; in float16 gradients made before the loss is scaled would vanish
-        if not return_logits and dtype != torch.float16 and not torch.compiler.is_compiling():
-            return None, LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), dtype, torch.is_grad_enabled())
+        if not return_logits and not torch.compiler.is_compiling():  # the compiler fuses the loss by itself
+            kind = x.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+            if dtype != torch.float16:  # in which gradients made before the loss is scaled would vanish
+                return None, LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), dtype, torch.is_grad_enabled())
         logits = self.lm_head(x)  # (B, T, V)
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits if return_logits else None, loss

@@ -13,6 +13,8 @@ import math
 import netrc
 import os
 import platform
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -266,7 +268,6 @@ if iter_num >= max_iters > 0 and not eval_only:
     if master_process:
         print(f'the run in {out_dir} is finished: it has {iter_num} iterations, max_iters is {max_iters}; a larger --max_iters goes on')
     distributed.shutdown()
-    sys.exit(0)
 if master_process:
     held, activations = checks.training_bytes(raw_model.get_num_params(False), raw_model.config, batch_size, dtype, device_type, compile)
     train_tokens = len(windows['train']) + block_size
@@ -293,6 +294,7 @@ wandb_run = never_fatal(start_wandb) if wandb_log and master_process else None
 
 # -----------------------------------------------------------------------------
 # the loop
+distributed.catch_signals()
 first_iter = iter_num
 bad_steps = torch.zeros((), device=device)  # updates skipped in a row
 mfu = None  # a running mean, unknown at first
@@ -301,6 +303,10 @@ t0, timed_from = time.perf_counter(), iter_num
 while True:
     last_step = iter_num >= max_iters
     lr = get_lr(iter_num) if decay_lr else learning_rate
+    stop, save_now = distributed.wishes()
+    if stop and not last_step:
+        break
+    stop = 0  # at the last step the end comes first
 
     # once in a while: evaluate, and save the state
     if iter_num % eval_interval == 0 or last_step or eval_only:
@@ -317,7 +323,7 @@ while True:
                 if iter_num > first_iter or last_step or is_best and iter_num > 0:  # else it is on disk or not worth keeping
                     saved = save_state(best=is_best or always_save_checkpoint)
         t0, timed_from = time.perf_counter(), iter_num  # the time isn't the next iteration's
-    elif save_interval and iter_num % save_interval == 0 and iter_num > first_iter:
+    elif save_now or save_interval and iter_num % save_interval == 0 and iter_num > first_iter:
         if master_process:
             save_state(best=False)
         t0, timed_from = time.perf_counter(), iter_num
@@ -373,8 +379,11 @@ while True:
                         'try a lower --learning_rate, a smaller --grad_clip, a longer --warmup_iters, or --dtype=bfloat16 for float16')
     iter_num += 1
 
-if master_process and not eval_only:
+if stop and master_process and not eval_only:
+    words = [word for word in sys.argv if not word.startswith('--init_from')] + ['--init_from=resume']
+    print(f'stopped by {signal.Signals(stop).name} after {iter_num} iterations; saved {save_state(best=False)}; to go on: {shlex.join(["python", *words])}')
+elif master_process and not eval_only:
     print(f'saved {saved} after {iter_num} iterations; sample from it: python {checks.shown(os.path.join(checks.REPO, "sample.py"))} --out_dir={out_dir}')
 if wandb_run:
     never_fatal(wandb_run.finish)
-distributed.shutdown()
+distributed.shutdown(128 + stop if stop else 0)

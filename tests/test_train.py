@@ -298,7 +298,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(char_data, tmp_
 
 
 def test_too_many_bad_gradients_end_the_run(char_data, tmp_path):
-    bad = run_here('train.py', *TINY, f'--dataset={char_data}', '--max_iters=20', '--learning_rate=1e30', '--decay_lr=False', '--max_bad_steps=3',
+    bad = run('train.py', *TINY, f'--dataset={char_data}', '--max_iters=20', '--learning_rate=1e30', '--decay_lr=False', '--max_bad_steps=3',
                    f'--out_dir={tmp_path}', '--log_interval=2', ok=None)
     last = bad.stderr.splitlines()[-1]
     assert bad.returncode == 1 and last.startswith('error: 4 updates in a row had a gradient that is not finite') and '--learning_rate' in last
