@@ -143,9 +143,7 @@ def slices_work():
 
 def train_work(model, loss_of):
     """One iteration as train.py's: a batch, forward, backward, clipping, AdamW; loss_of(model, X, Y) is the forward pass."""
-    decay = [p for p in model.parameters() if p.dim() >= 2]
-    optimizer = torch.optim.AdamW([{'params': decay, 'weight_decay': 0.1}, {'params': [p for p in model.parameters() if p.dim() < 2], 'weight_decay': 0.0}],
-                                  lr=1e-4, betas=(0.9, 0.95), fused=device_type in ('cuda', 'cpu', 'mps', 'xpu'))
+    optimizer = GPT.configure_optimizers(model, 0.1, 1e-4, (0.9, 0.95), device_type)  # asks for parameters alone: also for others' models
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     run = torch.compile(model) if compile else model
     batch = data_work()
@@ -220,15 +218,14 @@ def turn(work):
     return timed(work, row) if row > 1 and tokens_each else dt
 
 
-here = os.path.dirname(os.path.abspath(__file__))
 scratch = tempfile.TemporaryDirectory()
 if what == 'run':
     args = [arg for arg in sys.argv[1:] if not re.match('--(what|compare|repeats|num_samples|max_new_tokens|real_data|profile)', arg)]
-    ours = process_work(sys.executable, os.path.join(here, 'train.py'), *args, f'--out_dir={scratch.name}')
+    ours = process_work(sys.executable, os.path.join(checks.REPO, 'train.py'), *args, f'--out_dir={scratch.name}')
 elif what == 'start':
     args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, vocab_size=vocab_size)
     checkpoint.save(dict(model=model.state_dict(), model_args=args, iter_num=0, best_val_loss=0.0, config={}, meta=meta), scratch.name, best=True)
-    ours = process_work(sys.executable, os.path.join(here, 'sample.py'), f'--out_dir={scratch.name}', '--num_samples=1', '--max_new_tokens=1')
+    ours = process_work(sys.executable, os.path.join(checks.REPO, 'sample.py'), f'--out_dir={scratch.name}', '--num_samples=1', '--max_new_tokens=1')
 elif what == 'train':
     ours = train_work(model, lambda model, X, Y: model(X, Y, return_logits=False)[1])
 else:
