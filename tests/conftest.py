@@ -5,8 +5,12 @@ import io
 import json
 import os
 import runpy
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 
 import pytest
 import torch
@@ -14,6 +18,8 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GOLDEN = os.path.join(ROOT, 'tests', 'golden')
 sys.path.insert(0, ROOT)
+import checkpoint
+
 os.environ.update(HF_HUB_OFFLINE='1', WANDB_MODE='offline', WANDB_SILENT='true', PYTHONPATH=ROOT, PYTHONIOENCODING='utf-8')
 
 # a model that trains in a moment
@@ -21,12 +27,98 @@ TINY = ['--device=cpu', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_emb
         '--gradient_accumulation_steps=2', '--eval_iters=4', '--warmup_iters=0', '--lr_decay_iters=100', '--learning_rate=3e-3']
 
 
+# starts scripts: most of a short run is the import of torch, so that is done once, and each run is a fork of it. It must
+# never compute anything, as the threads that does it don't survive a fork.
+SERVER = """
+import json, os, runpy, sys
+import numpy, torch, torch._dynamo, torch.distributed, torch.nn.parallel
+for job in map(json.loads, sys.stdin):
+    if 'wait' in job:
+        pid, status = os.waitpid(job['wait'], os.WNOHANG)
+        print(os.waitstatus_to_exitcode(status) if pid else 'null', flush=True)
+        continue
+    pid = os.fork()
+    if not pid:
+        break
+    print(pid, flush=True)
+else:
+    os._exit(0)
+os.chdir(job['cwd'])
+os.environ.clear()
+os.environ.update(job['env'])
+for number, path in enumerate(('/dev/null', job['out'], job['err'])):
+    os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+sys.argv = job['argv']
+if 'OMP_NUM_THREADS' in os.environ:  # too late for OpenMP to read
+    torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+class Process:
+    """A script of the repository as a process of its own, as subprocess.Popen has it."""
+    server = None
+
+    def __init__(self, *command, cwd=ROOT, **env):
+        if not Process.server:
+            Process.server = subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.returncode, self.folder = None, tempfile.TemporaryDirectory()
+        self.pid = self.ask(argv=[os.path.join(ROOT, command[0]), *map(str, command[1:])], cwd=str(cwd), env={**os.environ, **env},
+                            out=os.path.join(self.folder.name, 'out'), err=os.path.join(self.folder.name, 'err'))
+
+    def ask(self, **job):
+        self.server.stdin.write(json.dumps(job) + '\n')
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+    def poll(self):
+        if self.returncode is None:
+            self.returncode = self.ask(wait=self.pid)
+        return self.returncode
+
+    def wait(self, timeout=300):
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                self.send_signal(signal.SIGKILL)
+                raise subprocess.TimeoutExpired(str(self.pid), timeout, *self.written())
+            time.sleep(0.01)
+        return self.returncode
+
+    def written(self):
+        """stdout and stderr so far."""
+        texts = []
+        for name in ('out', 'err'):
+            with open(os.path.join(self.folder.name, name), encoding='utf-8', newline='') as f:
+                texts.append(f.read())
+        return texts
+
+    def communicate(self, timeout=300):
+        self.wait(timeout)
+        return self.written()
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+
 def run(*command, ok=True, cwd=ROOT, **env):
     """Runs a script of the repository as a process of its own; its stdout and stderr come back as text."""
-    command = [os.path.join(ROOT, command[0]), *command[1:]]
-    result = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env={**os.environ, **env}, capture_output=True,
-                            text=True, encoding='utf-8', timeout=300)
-    return judged(result, ok)
+    process = Process(*command, cwd=cwd, **env)
+    out, err = process.communicate()
+    return judged(subprocess.CompletedProcess(command, process.returncode, out, err), ok)
+
+
+def run_ranks(processes, *command, cwd=ROOT):
+    """Runs a script in that many processes, with the variables that torchrun sets; stdout of each."""
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        port = str(s.getsockname()[1])
+    started = [Process(*command, cwd=cwd, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR='localhost', MASTER_PORT=port,
+                       OMP_NUM_THREADS='1') for rank in range(processes)]
+    written = [process.communicate() for process in started]
+    assert not any(process.returncode for process in started), written
+    return [out for out, _ in written]
 
 
 def judged(result, ok):
@@ -64,6 +156,14 @@ def torchrun(processes, *command, cwd=ROOT, **env):
     return result
 
 
+def equal_states(a, b):
+    """Whether two checkpoint files hold the same weights, optimizer state and place in the run, to the bit."""
+    a, b = (checkpoint.load(str(path)) for path in (a, b))
+    moments = [(x, b['optimizer']['state'][i][k]) for i, state in a['optimizer']['state'].items() for k, x in state.items()]
+    return (a['iter_num'] == b['iter_num'] and a['model'].keys() == b['model'].keys() and len(moments) == 3 * len(b['optimizer']['state'])
+            and all(torch.equal(x, y) for x, y in [*moments, *((a['model'][k], b['model'][k]) for k in a['model'])]))
+
+
 def functions_of(script, *names, **space):
     """Functions out of a script's source, with `space` for its globals: a script can't be imported."""
     with open(os.path.join(ROOT, script), encoding='utf-8') as f:
@@ -73,9 +173,13 @@ def functions_of(script, *names, **space):
 
 
 def metrics(out_dir, event):
-    """The events of one kind in a run's metrics.jsonl."""
+    """The events of one kind in a run's metrics.jsonl; a line that a kill cut off doesn't count."""
+    events = []
     with open(os.path.join(out_dir, 'metrics.jsonl'), encoding='utf-8') as f:
-        return [e for e in map(json.loads, f) if e['event'] == event]
+        for line in f:
+            with contextlib.suppress(ValueError):
+                events.append(json.loads(line))
+    return [e for e in events if e['event'] == event]
 
 
 def pytest_runtest_setup(item):
