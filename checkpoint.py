@@ -5,27 +5,158 @@ A run keeps its state in out_dir: ckpt.pt by nanoGPT's rule (at every evaluation
 ckpt_last.pt whenever the newest state isn't in ckpt.pt.
 """
 import copy
+import json
 import os
 import shutil
+import threading
+import time
 import zipfile
 
 import torch
 
-from checks import fail, warn
+from checks import fail, first_line, say, warn
 from model import GPT, GPTConfig
+from tokenizer import check_meta
 
-BEST, LAST, PREVIOUS = 'ckpt.pt', 'ckpt_last.pt', 'previous'
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two runs out of one folder there
+    fcntl = None
+
+BEST, LAST, METRICS, PREVIOUS = 'ckpt.pt', 'ckpt_last.pt', 'metrics.jsonl', 'previous'
+
+
+class RunDir:
+    """The folder that a run writes to, held against other runs until it is closed or its process ends.
+
+    Checkpoints are written by a thread, beside the training. No write that fails ends the run: it is said, the earlier
+    files stay as they are, and the checkpoint is tried again with the next one.
+    """
+
+    def __init__(self, path, fresh=False):
+        """Takes the folder, made if need be; fresh puts aside what an earlier run left in it."""
+        self.path, self.unsaved, self.saved, self.thread, self.logs = path, {}, None, None, True
+        try:
+            os.makedirs(path, exist_ok=True)
+            self.lock = self._hold()
+            for name in (BEST, LAST):  # what a crash cut off
+                if os.path.exists(os.path.join(path, name + '.tmp')):
+                    os.remove(os.path.join(path, name + '.tmp'))
+            if fresh and put_aside(path):
+                say(f'{path} held another run: its checkpoints and metrics are now in {os.path.join(path, PREVIOUS)}')
+            open(os.path.join(path, METRICS), 'a').close()
+        except OSError as e:
+            fail(f'{path!r} cannot be written to ({e.strerror})', 'name another folder with --out_dir')
+
+    def _hold(self):
+        if not fcntl:
+            return None
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(folder)
+            fail(f'another run is writing to {self.path}', 'stop it first, or name another folder with --out_dir')
+        except OSError:  # a file system without locks
+            pass
+        return folder
+
+    def log(self, **event):
+        """Appends the event to metrics.jsonl as a line of JSON."""
+        try:
+            with open(os.path.join(self.path, METRICS), 'ab+') as f:
+                if f.tell():
+                    f.seek(-1, os.SEEK_END)
+                    if f.read() != b'\n':  # a line that a crash cut off
+                        f.write(b'\n')
+                f.write(json.dumps(event).encode() + b'\n')
+            self.logs = True
+        except OSError as e:
+            if self.logs:  # once
+                warn(f'{METRICS} in {self.path} could not be written ({e.strerror}); the run goes on')
+            self.logs = False
+
+    def save(self, state, best):
+        """Writes the state to ckpt.pt (best) or ckpt_last.pt, once the save before is done; returns when it is copied."""
+        self.wait()
+        if best:
+            self.unsaved.pop(LAST, None)  # older
+        self.unsaved[BEST if best else LAST] = to_memory(state, {})
+        self.thread = threading.Thread(target=self._write)
+        self.thread.start()
+
+    def _write(self):
+        for name in sorted(self.unsaved):  # the older one first
+            try:
+                self.saved = save(self.unsaved[name], self.path, best=name == BEST)
+                del self.unsaved[name]
+            except (OSError, RuntimeError) as e:
+                while e.__context__:  # torch's writer hides what the system said behind errors of its own
+                    e = e.__context__
+                warn(f'{name} could not be saved in {self.path} ({first_line(e)}); the run goes on, and tries again at the next save')
+
+    def wait(self):
+        """Returns once what was saved is written, or could not be."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+
+    def close(self):
+        """Gives the folder up once all is written; returns the path of the newest checkpoint, None if it couldn't be saved."""
+        self.wait()
+        if self.lock is not None:
+            os.close(self.lock)
+        return None if self.unsaved else self.saved
+
+    def warn_of_slow_saves(self, size):
+        """Warns if writing this many bytes may outlast the time that torchrun leaves its processes to end in."""
+        grace = int(os.environ.get('TORCH_ELASTIC_SHUTDOWN_TIMEOUT', 30))
+        if 'TORCHELASTIC_RUN_ID' not in os.environ or size < 2 ** 30:
+            return
+        probe = os.path.join(self.path, LAST + '.tmp')
+        try:
+            t0 = time.perf_counter()
+            with open(probe, 'wb') as f:
+                f.write(os.urandom(2 ** 25))
+                f.flush()
+                os.fsync(f.fileno())
+            seconds = size / 2 ** 25 * (time.perf_counter() - t0)
+            os.remove(probe)
+        except OSError:
+            return
+        if seconds > grace / 2:
+            warn(f'a save writes {size / 2**30:.1f} GiB, in about {seconds:.0f} s here, but torchrun kills {grace} s after SIGTERM: '
+                 f'set TORCH_ELASTIC_SHUTDOWN_TIMEOUT={4 * seconds:.0f}, or a --save_interval that you can afford to lose')
+
+
+def to_memory(value, copies):
+    """A copy in the CPU's memory of tensors in containers; tensors that are one (tied weights) stay one."""
+    if isinstance(value, torch.Tensor):
+        key = value.device, value.data_ptr(), value.shape, value.stride()
+        if key not in copies:
+            copies[key] = value.detach().to('cpu', copy=True)
+        return copies[key]
+    if isinstance(value, dict):
+        return {k: to_memory(v, copies) for k, v in value.items()}
+    return [to_memory(v, copies) for v in value] if isinstance(value, list) else value
 
 
 def save(state, out_dir, best=True):
     """Writes the state to ckpt.pt (best) or ckpt_last.pt of out_dir, whole or not at all; returns the path."""
+    if not os.path.isdir(out_dir):
+        warn(f'{out_dir} is gone; making it again')
+        os.makedirs(out_dir)
     path = os.path.join(out_dir, BEST if best else LAST)
     aside = path + '.tmp'
-    with open(aside, 'wb') as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())  # the bytes before the name: a crash must not leave the name of an unwritten file
-    os.replace(aside, path)
+    try:
+        with open(aside, 'wb') as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())  # the bytes before the name: a crash must not leave the name of an unwritten file
+        os.replace(aside, path)
+    finally:
+        if os.path.exists(aside):  # on a full disk, its part of the file is the room for the next try
+            os.remove(aside)
     if best and os.path.exists(os.path.join(out_dir, LAST)):
         os.remove(os.path.join(out_dir, LAST))  # older than what was just written
     if os.name == 'posix':
@@ -36,23 +167,74 @@ def save(state, out_dir, best=True):
 
 
 def load(path):
-    """The dict of a checkpoint file, its tensors mapped from the file; ValueError names the file if it is damaged.
+    """The dict of a checkpoint file, its tensors mapped from the file; ValueError names the file if it can't be used.
 
-    weights_only: tensors and plain values alone, no code. The CRCs are those every torch archive carries; torch.load
-    doesn't look at them.
+    A checkpoint is data: weights_only reads tensors and plain values alone, no code, and what they are is checked,
+    so that none makes a model larger than the file. The CRCs are those every torch archive carries; torch.load doesn't
+    look at them. The names of its weights come without the prefixes that torch.compile and DDP leave.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f'{damaged} in it is damaged')
+            if any(entry.compress_type for entry in archive.infolist()):
+                raise ValueError('it is compressed, as none of torch is')
+            if damaged := archive.testzip():
+                raise ValueError(f'{damaged} in it is damaged')
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        missing = {'model', 'model_args', 'iter_num'} - set(state)
-        if missing:
+        if missing := {'model', 'model_args', 'iter_num'} - set(state):
             raise ValueError(f'it has no {" or ".join(sorted(missing))}')
+        for key, kind in (('model', dict), ('model_args', dict), ('optimizer', dict), ('config', dict), ('iter_num', int), ('scaler', dict),
+                          ('wandb_id', str)):
+            if key in state and not isinstance(state[key], kind):
+                raise ValueError(f'its {key} is no {kind.__name__}')
+        if state['iter_num'] < 0:
+            raise ValueError(f'its iter_num is {state["iter_num"]}')
+        if state.get('gelu', 'none') not in ('none', 'tanh'):
+            raise ValueError(f'its gelu is {state["gelu"]!r}')
+        if 'best_val_loss' in state:
+            state['best_val_loss'] = float(state['best_val_loss'])  # a tensor in nanoGPT's
+        if 'meta' in state:
+            check_meta(state['meta'])
+        weights = {}
+        for name, tensor in state['model'].items():
+            while name.startswith(('_orig_mod.', 'module.')):  # left by torch.compile and DDP
+                name = name.partition('.')[2]
+            if not name.endswith('.attn.bias'):  # the causal mask that old versions kept among the weights
+                weights[name] = tensor
+        weights.setdefault('lm_head.weight', weights.get('transformer.wte.weight'))
+        check_tensors((weights, state.get('optimizer')))
+        check_shapes(state['model_args'], {name: tensor.shape for name, tensor in weights.items()})
+        state['model'] = weights
     except Exception as e:  # a damaged archive raises almost anything
-        raise ValueError(f'{path} is no readable checkpoint: {str(e).splitlines()[0] if str(e) else type(e).__name__}') from e
+        raise ValueError(f'{path} is no readable checkpoint: {first_line(e)}') from e
     return state
+
+
+def check_tensors(value):
+    """ValueError if a tensor in these containers isn't plain numbers on the CPU, all of them in the file."""
+    if isinstance(value, torch.Tensor):
+        if value.layout != torch.strided or value.device.type != 'cpu' or value.is_quantized or value.is_complex():
+            raise ValueError('it has a tensor that is no plain one')
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():  # strides of 0
+            raise ValueError('it has a tensor that is larger than its data')
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            check_tensors(item)
+
+
+def check_shapes(model_args, shapes):
+    """ValueError unless {name: shape} are those of a GPT with these arguments, which may be anything.
+
+    None is built that has more layers, or is wider, than there are tensors, or these are large.
+    """
+    largest = max((n for shape in shapes.values() for n in shape), default=0)
+    for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size'):
+        n = model_args.get(key)
+        if type(n) is not int or not 1 <= n <= (len(shapes) if key == 'n_layer' else largest):
+            raise ValueError(f'{key}={n!r} does not fit its weights')
+    expected = {name: tensor.shape for name, tensor in GPT.on_meta(GPTConfig(**model_args)).state_dict().items()}
+    for name in sorted({*expected, *shapes}, key=str):
+        if tuple(expected.get(name, ())) != tuple(shapes.get(name, ())):
+            raise ValueError(f'{name} has shape {(*shapes.get(name, ()),)}, its arguments ask for {(*expected.get(name, ()),)}')
 
 
 def exists(out_dir):
@@ -61,14 +243,18 @@ def exists(out_dir):
 
 
 def put_aside(out_dir):
-    """Moves an earlier run's files to out_dir/previous, in place of what is there; whether there were any."""
-    names = [name for name in (BEST, LAST, 'metrics.jsonl') if os.path.exists(os.path.join(out_dir, name))]
-    if names:
-        shutil.rmtree(os.path.join(out_dir, PREVIOUS), ignore_errors=True)
-        os.makedirs(os.path.join(out_dir, PREVIOUS))
-    for name in names:
-        os.replace(os.path.join(out_dir, name), os.path.join(out_dir, PREVIOUS, name))
-    return bool(names)
+    """Moves an earlier run's files to out_dir/previous, in place of what is there; whether there were any.
+
+    A run that left no checkpoint isn't worth another's place: its metrics stay, and the new ones follow.
+    """
+    if not exists(out_dir):
+        return False
+    shutil.rmtree(os.path.join(out_dir, PREVIOUS), ignore_errors=True)
+    os.makedirs(os.path.join(out_dir, PREVIOUS))
+    for name in (BEST, LAST, METRICS):
+        if os.path.exists(os.path.join(out_dir, name)):
+            os.replace(os.path.join(out_dir, name), os.path.join(out_dir, PREVIOUS, name))
+    return True
 
 
 def load_newest(out_dir):
@@ -96,27 +282,25 @@ def _first_readable(out_dir, newest):
 
 
 def build_model(state, dropout=0.0):
-    """The GPT of a checkpoint's dict, ours or nanoGPT's; the weights are copied out of the file."""
-    weights = {}
-    for name, tensor in state['model'].items():
-        while name.startswith(('_orig_mod.', 'module.')):  # left by torch.compile and DDP
-            name = name.partition('.')[2]
-        if name != 'lm_head.weight' and not name.endswith('.attn.bias'):  # the causal mask that old versions kept among the weights
-            weights[name] = tensor.clone()  # the file may change or go
+    """The GPT of a checkpoint that load() has read; the weights are copied out of the file, which may change or go."""
+    weights = {name: tensor.to(torch.float32, copy=True) for name, tensor in state['model'].items()}
     weights['lm_head.weight'] = weights['transformer.wte.weight']  # one tensor under two names
-    config = GPTConfig(**{**state['model_args'], 'dropout': dropout, 'gelu': state.get('gelu', 'none')})
-    return GPT.from_state_dict(config, weights)
+    return GPT.from_state_dict(GPTConfig(**{**state['model_args'], 'dropout': dropout, 'gelu': state.get('gelu', 'none')}), weights)
 
 
-def load_optimizer(optimizer, state):
-    """Puts a checkpoint's optimizer state, ours or nanoGPT's, into an optimizer over the same parameters.
+def load_optimizer(optimizer, state, path):
+    """Puts the optimizer state of the checkpoint at path, ours or nanoGPT's, into an optimizer over the same parameters.
 
-    What says how rather than what is computed (fused, foreach, ...) stays as it is here: it depends on the device. The
-    moments of a table that was cropped since, by a shorter block_size, are cropped alike.
+    Of its settings, weight_decay and betas alone are taken: the others say how rather than what is computed, which
+    depends on the device. The moments of a table that was cropped since, by a shorter block_size, are cropped alike.
     """
-    state = copy.deepcopy(state)  # the file may change or go
-    for theirs, ours in zip(state['param_groups'], optimizer.param_groups):  # before loading: fused decides where `step` goes
-        theirs.update({k: ours[k] for k in ('fused', 'foreach', 'capturable')})
-    optimizer.load_state_dict(state)
-    for p, moments in optimizer.state.items():
-        moments.update({k: m[:len(p)].clone() for k, m in moments.items() if m.dim() and m.shape != p.shape})
+    try:
+        groups = [{**ours, 'params': theirs['params'], 'weight_decay': float(theirs['weight_decay']), 'betas': tuple(map(float, theirs['betas']))}
+                  for theirs, ours in zip(state['param_groups'], optimizer.param_groups, strict=True)]
+        optimizer.load_state_dict(copy.deepcopy(dict(state=state['state'], param_groups=groups)))  # the file may change or go
+        for p, moments in optimizer.state.items():
+            moments.update({k: m[:len(p)].clone() for k, m in moments.items() if m.dim() and m.shape != p.shape})
+            if {k: m.shape for k, m in moments.items()} != dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape):
+                raise ValueError(f'it has other moments for a weight of shape {(*p.shape,)}')
+    except Exception as e:  # it may hold anything
+        fail(f'the optimizer state in {path} does not fit its weights ({first_line(e)})', 'go on from another checkpoint')

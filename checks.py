@@ -7,6 +7,7 @@ import ast
 import ctypes
 import importlib.util
 import os
+import re
 import sys
 import time
 
@@ -15,18 +16,42 @@ import numpy as np
 REPO = os.path.dirname(os.path.abspath(__file__))
 
 
+def say(text, error=False):
+    """One line on stdout, or stderr, from rank 0. A closed terminal, or a full disk under it, doesn't end a run."""
+    if os.environ.get('RANK', '0') == '0':
+        try:
+            print(text, file=sys.stderr if error else sys.stdout, flush=True)
+        except OSError:
+            pass
+
+
+def warn(text):
+    """One line on stderr, from rank 0, about what the run goes on without."""
+    say(f'warning: {text}', error=True)
+
+
+def complain(what, remedy=''):
+    """One line on stderr, from rank 0, about what went wrong."""
+    say(f'error: {what}' + (f'; {remedy}' if remedy else ''), error=True)
+
+
 def fail(what, remedy='', this_rank=False):
     """Ends the program with one line on stderr and status 1. For the user's mistakes; a bug keeps its traceback.
 
     Under torchrun every rank makes the same mistake, so rank 0 says it; this_rank: others may not have made it.
     """
     rank = os.environ.get('RANK', '0')
-    if rank == '0' or this_rank:
-        where = f'rank {rank}: ' if rank != '0' else ''
-        print(f'error: {where}{what}' + (f'; {remedy}' if remedy else ''), file=sys.stderr, flush=True)
-    else:
+    if this_rank and rank != '0':
+        print(f'error: rank {rank}: {what}; {remedy}', file=sys.stderr, flush=True)
+    elif rank != '0':
         time.sleep(10)  # torchrun ends all ranks with the first that exits: that must be rank 0, once it has spoken
+    complain(what, remedy)
     sys.exit(1)
+
+
+def first_line(e):
+    """An exception's text, as far as one line and 200 characters go; its type's name if it has none."""
+    return (str(e).strip() or type(e).__name__).splitlines()[0][:200]
 
 
 def shown(path):
@@ -35,12 +60,6 @@ def shown(path):
         return min(os.path.relpath(path), os.path.abspath(path), key=len)
     except ValueError:  # on another drive
         return path
-
-
-def warn(text):
-    """One line on stderr, from rank 0, about what the run goes on without."""
-    if os.environ.get('RANK', '0') == '0':
-        print(f'warning: {text}', file=sys.stderr, flush=True)
 
 
 # (what a knob must be, the test of it, the knobs)
@@ -65,6 +84,12 @@ def check_ranges(config):
     if 'n_embd' in config and config['n_embd'] % config['n_head']:
         fail(f'n_embd={config["n_embd"]} is not divisible by n_head={config["n_head"]}',
              f'try --n_embd={max(1, round(config["n_embd"] / config["n_head"])) * config["n_head"]}')
+    # accepted, as nanoGPT does and people rely on it, for a trial of a few iterations say
+    if config.get('decay_lr') and config['lr_decay_iters'] <= config['warmup_iters']:
+        warn(f'lr_decay_iters={config["lr_decay_iters"]} is not above warmup_iters={config["warmup_iters"]}: the learning rate never decays, '
+             'it falls from the warmup to min_lr')
+    if config.get('decay_lr') and config['min_lr'] > config['learning_rate']:
+        warn(f'min_lr={config["min_lr"]} is above learning_rate={config["learning_rate"]}: the learning rate rises in the end')
 
 
 def make_folder(path):
@@ -195,10 +220,15 @@ def check_ids(ids, vocab_size, path):
              'the data was made with another tokenizer: prepare it again, or name the right --dataset', this_rank=True)
 
 
+def is_gpt2(vocab_size):
+    """Whether this may be the size of GPT-2's vocabulary: its 50,257 tokens, or padded to a multiple of up to 1,024."""
+    return 50257 <= vocab_size <= 51200
+
+
 def check_vocabulary(meta, state, data_dir, path, remedy='name the right one with --dataset'):
     """Fails if a dataset (its meta dict, None for GPT-2's BPE) has other tokens than the checkpoint read from path."""
     trained, vocab_size = state.get('meta') or {}, state['model_args']['vocab_size']
-    if meta is None and vocab_size < 50257:
+    if meta is None and not is_gpt2(vocab_size):
         what = f'{data_dir} has no meta.pkl, so it is GPT-2 BPE'
     elif meta and 'stoi' in trained and trained['stoi'] != meta.get('stoi'):
         what = f'{data_dir} has other characters'
@@ -246,6 +276,33 @@ def keep_freed_memory():
         return
     mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own, all from the heap
     mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap doesn't shrink
+
+
+def check_memory(needed, device):
+    """Warns if a run that needs this many bytes may not fit: a system that runs out of memory kills without a word."""
+    free = free_memory(device)
+    if free is not None and needed > free:
+        warn(f'that may not fit: {free / 2**30:.2f} GiB are free on {device}')
+
+
+def explain_crashes(device, config):
+    """From here on running out of memory ends the program with one line that names ways out, and Ctrl-C with none."""
+    def hook(kind, e, trace):
+        if issubclass(kind, KeyboardInterrupt):
+            return
+        text = str(e)  # of torch's errors; the CPU's has no class of its own
+        if not issubclass(kind, MemoryError) and 'out of memory' not in text and "can't allocate memory" not in text:
+            return sys.__excepthook__(kind, e, trace)
+        asked, free = re.search(r'[Tt]ried to allocate ([\d.]+) (\w+)', text), free_memory(device)
+        asked = f'{int(asked[1]) / 2**30:.2f} GiB' if asked and asked[2] == 'bytes' else asked.expand(r'\1 \2') if asked else 'more memory'
+        batch_size, accumulation = config['batch_size'], config['gradient_accumulation_steps']
+        pairs = [f'--batch_size={b} --gradient_accumulation_steps={accumulation * batch_size // b}'
+                 for b in range(batch_size // 2, 0, -1) if batch_size % b == 0][:2]
+        print(f'error: out of memory on {device}: {asked} asked for, {"an unknown amount" if free is None else f"{free / 2**30:.2f} GiB"} free; '
+              + (f'the same {accumulation * batch_size * config["block_size"]:,} tokens/iter with {" or ".join(pairs)}'
+                 if pairs else 'use a smaller --block_size or model'), file=sys.stderr, flush=True)
+
+    sys.excepthook = hook
 
 
 def free_memory(device):

@@ -7,15 +7,26 @@ import os
 import signal
 import sys
 import time
+import uuid
 from contextlib import nullcontext
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from checks import fail
+
+TIMEOUT = timedelta(minutes=10)  # for which a rank waits for the others, before it takes them for dead and ends
+
 
 def ranks():
     """(ddp_rank, ddp_local_rank, ddp_world_size) as torchrun has set them; (0, 0, 1) without it."""
+    names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
+    given = [name for name in names[:3] if name in os.environ]
+    missing = [name for name in names if name not in os.environ]
+    if given and missing and os.environ.get('WORLD_SIZE') != '1':
+        fail(f'{" and ".join(given)} in the environment, but not {", ".join(missing)}', 'start several processes with torchrun, which sets them all')
     return tuple(int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
 
 
@@ -28,8 +39,34 @@ def init(backend, device):
         return None
     if backend == 'auto' or backend == 'nccl' and device.type == 'cpu':  # configs say nccl by habit; it has no CPU side
         backend = {'cuda': 'nccl', 'xpu': 'xccl'}.get(device.type, 'gloo')
-    dist.init_process_group(backend)
+    rank, _, size = ranks()
+    dist.init_process_group(backend, store=fresh_store(rank, size), rank=rank, world_size=size, timeout=TIMEOUT)
     return backend
+
+
+def fresh_store(rank, size):
+    """A key-value store that all ranks share and that holds nothing yet.
+
+    When torchrun restarts its workers they find the store of those before them, and connect to addresses of the dead
+    that are still in it (https://github.com/pytorch/pytorch/issues/135712: in one of three restarts here). So rank 0
+    hands every rank that lives a new prefix, in answer to a name that no process had before.
+    """
+    torchruns = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
+    store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), size, is_master=rank == 0 and not torchruns, timeout=TIMEOUT)
+    name = prefix = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f'name of {rank}', name)
+        prefix = store.get(f'prefix for {name}').decode()  # once it is there
+        store.add(f'have {prefix}', 1)
+    end = time.monotonic() + TIMEOUT.total_seconds()
+    while rank == 0 and store.add(f'have {prefix}', 0) < size - 1:
+        for other in range(1, size):
+            if store.check([f'name of {other}']):
+                store.set(f'prefix for {store.get(f"name of {other}").decode()}', prefix)
+        if time.monotonic() > end:
+            raise TimeoutError(f'not all of the {size} ranks have started within {TIMEOUT}')
+        time.sleep(0.01)
+    return dist.PrefixStore(prefix, store)
 
 
 def wrap(model, device):
@@ -67,31 +104,33 @@ def same(number):
     return len(set(numbers)) == 1
 
 
-_asked = {'stop': 0, 'save': 0, 'since': None}  # of this rank: the signal to stop by, whether to save, and when the first came
-_handlers, _group, _vote = {}, None, None
+_asked = {'stop': 0, 'saves': 0, 'since': None}  # of this rank: the signal to stop by, how often to save, and when the first came
+_handlers, _group, _vote, _saves = {}, None, None, 0
 
 
 def catch_signals():
-    """From here on SIGTERM and SIGINT ask the run to stop, SIGUSR1 asks it to save: see wishes().
+    """From here on SIGTERM, SIGINT and SIGHUP ask the run to stop, SIGUSR1 asks it to save: see wishes().
 
     Who asks to stop again, 3 seconds or more after the first time, ends the process at once: launchers send the same
     signal twice within milliseconds.
     """
-    global _group
+    global _group, _saves
 
     def ask(number, frame):
-        if number in (signal.SIGTERM, signal.SIGINT):
-            if _asked['since'] and time.monotonic() - _asked['since'] > 3:
-                os._exit(128 + number)
-            _asked.update(stop=int(number), since=_asked['since'] or time.monotonic())
+        if number == getattr(signal, 'SIGUSR1', None):
+            _asked['saves'] += 1
+        elif _asked['since'] and time.monotonic() - _asked['since'] > 3:
+            os._exit(128 + number)
         else:
-            _asked['save'] = 1
+            _asked.update(stop=int(number), since=_asked['since'] or time.monotonic())
 
-    for name in ('SIGTERM', 'SIGINT', 'SIGUSR1'):
-        if hasattr(signal, name):  # Windows has no SIGUSR1
+    for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1'):
+        # Windows has not all of them; and nohup asks to ignore the terminal's end
+        if hasattr(signal, name) and not (name == 'SIGHUP' and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN):
             _handlers[name] = signal.signal(getattr(signal, name), ask)
-    _asked.update(stop=0, save=0, since=None)
-    _group = dist.new_group(backend='gloo') if dist.is_initialized() else None
+    _asked.update(stop=0, saves=0, since=None)
+    _saves = 0
+    _group = dist.new_group(backend='gloo', timeout=TIMEOUT) if dist.is_initialized() else None
 
 
 def wishes():
@@ -99,10 +138,11 @@ def wishes():
 
     The ranks agree over the CPU while the device works on an iteration, so nothing waits.
     """
-    global _vote
-    mine = torch.tensor([_asked['stop'], _asked['save']])
-    _asked['save'] = 0
-    if not dist.is_initialized():
+    global _vote, _saves
+    saves = _asked['saves']  # counted, not cleared: a signal may come between the two
+    mine = torch.tensor([_asked['stop'], saves > _saves])
+    _saves = saves
+    if not _group:
         return tuple(mine.tolist())
     earlier, _vote = _vote, (mine, dist.all_reduce(mine, dist.ReduceOp.MAX, group=_group, async_op=True))
     return _result(earlier) if earlier else (0, 0)

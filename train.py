@@ -8,9 +8,7 @@ One GPU, CPU or Mac:       python train.py config/train_python_char.py
 
 Every knob below can be set in a config file or as --key=value; --help lists them.
 """
-import json
 import math
-import netrc
 import os
 import platform
 import shlex
@@ -27,6 +25,7 @@ import checkpoint
 import checks
 import convert
 import distributed
+from checks import say
 from model import GPT, GPTConfig
 from tokenizer import read_meta
 
@@ -90,6 +89,7 @@ dtype, dtype_why = checks.choose_dtype(dtype, device_type)
 compile, compile_why = checks.choose_compile(compile, device_type)
 if device_type == 'cpu':
     checks.keep_freed_memory()
+checks.explain_crashes(device, config)
 
 backend = distributed.init(backend, device)
 torch.manual_seed(seed)  # the same on every rank: the same weights
@@ -112,7 +112,7 @@ elif init_from == 'resume':
     state, path = checkpoint.load_best(out_dir) if eval_only else checkpoint.load_newest(out_dir)
     checks.check_vocabulary(meta, state, data_dir, path)
     model = checkpoint.build_model(state, dropout)
-    iter_num, best_val_loss = state['iter_num'], float(state.get('best_val_loss', math.inf))
+    iter_num, best_val_loss = state['iter_num'], state.get('best_val_loss', math.inf)
     origin = f'resumed from {path} at iteration {iter_num}'
 elif convert.is_hf(init_from):
     if meta:
@@ -137,13 +137,14 @@ raw_model = model  # the one that is saved: without the prefixes that compiling 
 
 optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')  # float16 alone has too narrow a range
-if state:
-    checkpoint.load_optimizer(optimizer, state['optimizer'])
+if state and not eval_only:
+    checkpoint.load_optimizer(optimizer, state['optimizer'], path)
     given = optimizer.param_groups[0]
-    if (given['weight_decay'], *given['betas']) != (weight_decay, beta1, beta2) and master_process:
-        print(f'weight_decay={given["weight_decay"]}, betas={given["betas"]} come from the checkpoint, not from the knobs')
+    if (given['weight_decay'], *given['betas']) != (weight_decay, beta1, beta2):
+        say(f'weight_decay={given["weight_decay"]}, betas={given["betas"]} come from the checkpoint, not from the knobs')
     if 'scaler' in state:
         scaler.load_state_dict(state['scaler'])
+wandb_id = state.get('wandb_id') if state else None  # of the run that this one continues
 state = None  # frees it
 
 if compile:
@@ -218,7 +219,7 @@ def get_lr(it):
 
 
 def save_state(best):
-    """Writes all that a resumed run needs, in nanoGPT's format, with keys of ours that nanoGPT ignores."""
+    """Saves all that a resumed run needs, in nanoGPT's format, with keys of ours that nanoGPT ignores."""
     ours = {}
     if meta:
         ours['meta'] = meta  # so that the checkpoint can be sampled from without its data
@@ -226,31 +227,29 @@ def save_state(best):
         ours['gelu'] = raw_model.config.gelu
     if scaler.is_enabled():
         ours['scaler'] = scaler.state_dict()
-    return checkpoint.save(dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(), model_args=model_args,
-                                iter_num=iter_num, best_val_loss=best_val_loss, config=config, **ours), out_dir, best)
+    if wandb_run:
+        ours['wandb_id'] = wandb_run.id
+    if run_dir:
+        run_dir.save(dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(), model_args=model_args,
+                          iter_num=iter_num, best_val_loss=best_val_loss, config=config, **ours), best)
 
 
-def log(**event):
-    """Appends the event to metrics.jsonl as a line of JSON."""
-    with open(os.path.join(out_dir, 'metrics.jsonl'), 'a', encoding='utf-8') as f:
-        f.write(json.dumps(event) + '\n')
+def log(event, **metrics):
+    """Adds the event to metrics.jsonl, and wandb hears of evaluations."""
+    if run_dir:
+        run_dir.log(event=event, **metrics)
+    if wandb_run and event == 'eval':
+        never_fatal(wandb_run.log, metrics)
 
 
 def start_wandb():
-    """A wandb run; without a key or a network an offline one."""
+    """A wandb run, the one that the checkpoint belongs to if there is one; without a key or a network it is offline."""
     import wandb
-    offline = not os.environ.get('WANDB_MODE') and not os.environ.get('WANDB_API_KEY')
+    start = dict(project=wandb_project, name=wandb_run_name, config=config, id=wandb_id, resume='allow')
     try:
-        offline = offline and not any('wandb' in host for host in netrc.netrc(os.environ.get('NETRC')).hosts)  # left by wandb login
-    except (OSError, netrc.NetrcParseError):
-        pass
-    if offline:
-        checks.warn('wandb has no API key, so it logs offline; wandb login, then wandb sync, uploads the run')
-    start = dict(project=wandb_project, name=wandb_run_name, config=config)
-    try:
-        return wandb.init(**start, mode='offline' if offline else None)
+        return wandb.init(**start)
     except Exception as e:
-        checks.warn(f'wandb could not start ({e}), so it logs offline')
+        checks.warn(f'wandb could not start ({e}), so it logs offline; wandb login, then wandb sync, uploads the run')
         return wandb.init(**start, mode='offline')
 
 
@@ -265,38 +264,40 @@ def never_fatal(call, *args):
 # -----------------------------------------------------------------------------
 # the run plan: what will happen, in numbers
 if iter_num >= max_iters > 0 and not eval_only:
-    if master_process:
-        print(f'the run in {out_dir} is finished: it has {iter_num} iterations, max_iters is {max_iters}; a larger --max_iters goes on')
+    say(f'the run in {out_dir} is finished: it has {iter_num} iterations, max_iters is {max_iters}; a larger --max_iters goes on')
     distributed.shutdown()
-if master_process:
-    held, activations = checks.training_bytes(raw_model.get_num_params(False), raw_model.config, batch_size, dtype, device_type, compile)
-    train_tokens = len(windows['train']) + block_size
-    print(f'model: {origin}, {raw_model.get_num_params() / 1e6:.2f}M parameters, vocabulary {raw_model.config.vocab_size}'
-          + (f' (the checkpoint overrules {", ".join(overruled)})' if overruled else ''))
-    print(f'data: {data_dir} ({"its own vocabulary" if meta else "no meta.pkl: GPT-2 BPE"}), {train_tokens:,} train and '
-          f'{len(windows["val"]) + block_size:,} val tokens; {tokens_per_iter:,} tokens/iter = '
-          f'{gradient_accumulation_steps // ddp_world_size} accumulation x {ddp_world_size} ranks x {batch_size} batch x {block_size} block; '
-          f'{max_iters} iterations are {max_iters * tokens_per_iter / train_tokens:.2f} epochs')
-    print(f'machine: {device} ({device_why}), {dtype} ({dtype_why}), {"compiled" if compile else "not compiled"} ({compile_why})'
-          + (f', {ddp_world_size} ranks over {backend}' if backend else ''))
-    print(f'memory: {held / 2**30:.2f} GiB for weights, gradients and AdamW, about {activations / 2**30:.2f} GiB for activations')
-    if not eval_only:
-        checks.make_folder(out_dir)
-        if init_from != 'resume' and checkpoint.put_aside(out_dir):
-            print(f'{out_dir} held another run: its checkpoints and metrics are now in {os.path.join(out_dir, checkpoint.PREVIOUS)}')
-        try:
-            commit = subprocess.run(['git', '-C', checks.REPO, 'rev-parse', 'HEAD'], capture_output=True, text=True).stdout.strip()
-        except OSError:  # no git
-            commit = ''
-        log(event='run', config=config, argv=sys.argv, python=platform.python_version(), torch=torch.__version__,
-            commit=commit, device=device, dtype=dtype, world_size=ddp_world_size)
-wandb_run = never_fatal(start_wandb) if wandb_log and master_process else None
+train_tokens = len(windows['train']) + block_size
+say(f'model: {origin}, {raw_model.get_num_params() / 1e6:.2f}M parameters, vocabulary {raw_model.config.vocab_size}'
+    + (f' (the checkpoint overrules {", ".join(overruled)})' if overruled else ''))
+say(f'data: {data_dir} ({"its own vocabulary" if meta else "no meta.pkl: GPT-2 BPE"}), {train_tokens:,} train and '
+    f'{len(windows["val"]) + block_size:,} val tokens; {tokens_per_iter:,} tokens/iter = '
+    f'{gradient_accumulation_steps // ddp_world_size} accumulation x {ddp_world_size} ranks x {batch_size} batch x {block_size} block; '
+    f'{max_iters} iterations are {max_iters * tokens_per_iter / train_tokens:.2f} epochs')
+say(f'machine: {device} ({device_why}), {dtype} ({dtype_why}), {"compiled" if compile else "not compiled"} ({compile_why})'
+    + (f', {ddp_world_size} ranks over {backend}' if backend else ''))
+held, activations = checks.training_bytes(raw_model.get_num_params(False), raw_model.config, batch_size, dtype, device_type, compile)
+say(f'memory: {held / 2**30:.2f} GiB for weights, gradients and AdamW, about {activations / 2**30:.2f} GiB for activations')
+checks.check_memory(held + activations, device)
+
+run_dir = wandb_run = None  # rank 0 alone writes
+if master_process and not eval_only:
+    run_dir = checkpoint.RunDir(out_dir, fresh=init_from != 'resume')
+    run_dir.warn_of_slow_saves(held * 3 // 4)  # weights and moments
+    try:
+        commit = subprocess.run(['git', '-C', checks.REPO, 'rev-parse', 'HEAD'], capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        commit = ''
+    log('run', config=config, argv=sys.argv, python=platform.python_version(), torch=torch.__version__,
+        commit=commit, device=device, dtype=dtype, world_size=ddp_world_size)
+if wandb_log and master_process:
+    wandb_run = never_fatal(start_wandb)
 
 # -----------------------------------------------------------------------------
 # the loop
-distributed.catch_signals()
+if not eval_only:
+    distributed.catch_signals()
 first_iter = iter_num
-bad_steps = torch.zeros((), device=device)  # updates skipped in a row
+bad_steps, bad_now = torch.zeros((), device=device), 0  # updates skipped in a row; what the host knows of them
 mfu = None  # a running mean, unknown at first
 X, Y = get_micro_batch(iter_num, 0)
 t0, timed_from = time.perf_counter(), iter_num
@@ -304,28 +305,21 @@ while True:
     last_step = iter_num >= max_iters
     lr = get_lr(iter_num) if decay_lr else learning_rate
     stop, save_now = distributed.wishes()
-    if stop and not last_step:
+    if (stop or bad_now >= max_bad_steps) and not last_step:
         break
-    stop = 0  # at the last step the end comes first
 
     # once in a while: evaluate, and save the state
     if iter_num % eval_interval == 0 or last_step or eval_only:
         losses = estimate_loss()
         is_best = losses['val'] < best_val_loss
         best_val_loss = min(best_val_loss, losses['val'])
-        if master_process:
-            print(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}', flush=True)
-            metrics = {'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr, 'mfu': 100 * mfu if mfu else None}
-            if wandb_run:
-                never_fatal(wandb_run.log, metrics)
-            if not eval_only:
-                log(event='eval', **metrics)
-                if iter_num > first_iter or last_step or is_best and iter_num > 0:  # else it is on disk or not worth keeping
-                    saved = save_state(best=is_best or always_save_checkpoint)
+        say(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
+        log('eval', **{'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr, 'mfu': 100 * mfu if mfu else None})
+        if iter_num > first_iter or last_step or is_best and iter_num > 0:  # else it is on disk or not worth keeping
+            save_state(best=is_best or always_save_checkpoint)
         t0, timed_from = time.perf_counter(), iter_num  # the time isn't the next iteration's
     elif save_now or save_interval and iter_num % save_interval == 0 and iter_num > first_iter:
-        if master_process:
-            save_state(best=False)
+        save_state(best=False)
         t0, timed_from = time.perf_counter(), iter_num
     if last_step or eval_only:
         break
@@ -343,7 +337,8 @@ while True:
                 _, loss = model(X, Y, return_logits=False)
             # the next batch is made while the device is still busy with this one
             X, Y = get_micro_batch(iter_num + last_micro_step, (micro_step + 1) % micro_steps)
-            scaler.scale(loss / micro_steps).backward()
+            # 1 + 0 * loss is 1, but nan if the loss isn't finite: then no gradient is, on any rank
+            scaler.scale(loss / micro_steps * (1 + 0 * loss.detach())).backward()
         loss_sum += loss.detach()
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
@@ -363,27 +358,34 @@ while True:
         dt = (time.perf_counter() - t0) / (iter_num + 1 - timed_from)
         t0, timed_from = time.perf_counter(), iter_num + 1
         bad_now = int(bad_steps.item())
-        if master_process:
-            now = raw_model.estimate_mfu(batch_size * micro_steps, dt) if iter_num - first_iter >= 5 else None  # the first ones warm up
-            mfu = now if mfu is None else 0.9 * mfu + 0.1 * now
-            print(f'iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {f"{mfu * 100:.2f}%" if mfu else "n/a"}, '
-                  f'{tokens_per_iter / dt:,.0f} tokens/s', flush=True)
-            if bad_now:
-                checks.warn(f'iter {iter_num}: the gradient is not finite; skipped the last {bad_now} updates in a row')
-            log(event='iter', iter=iter_num, loss=loss if math.isfinite(loss) else None, ms=1000 * dt, lr=lr, mfu=100 * mfu if mfu else None,
-                grad_norm=grad_norm.item() if not bad_now else None, bad_steps=bad_now)
-        if bad_now >= max_bad_steps:
-            iter_num += 1
-            where = f'; the weights before them are in {save_state(best=False)}' if master_process else ''
-            checks.fail(f'{bad_now} updates in a row had a gradient that is not finite{where}',
-                        'try a lower --learning_rate, a smaller --grad_clip, a longer --warmup_iters, or --dtype=bfloat16 for float16')
+        now = raw_model.estimate_mfu(batch_size * micro_steps, dt) if iter_num - first_iter >= 5 else None  # the first ones warm up
+        mfu = now if mfu is None else 0.9 * mfu + 0.1 * now
+        say(f'iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {f"{mfu * 100:.2f}%" if mfu else "n/a"}, '
+            f'{tokens_per_iter / dt:,.0f} tokens/s')
+        if bad_now:
+            checks.warn(f'iter {iter_num}: the gradient is not finite; skipped the last {bad_now} updates in a row')
+        log('iter', iter=iter_num, loss=loss if math.isfinite(loss) else None, ms=1000 * dt, lr=lr, mfu=100 * mfu if mfu else None,
+            grad_norm=grad_norm.item() if not bad_now else None, bad_steps=bad_now)
     iter_num += 1
 
-if stop and master_process and not eval_only:
-    words = [word for word in sys.argv if not word.startswith('--init_from')] + ['--init_from=resume']
-    print(f'stopped by {signal.Signals(stop).name} after {iter_num} iterations; saved {save_state(best=False)}; to go on: {shlex.join(["python", *words])}')
-elif master_process and not eval_only:
-    print(f'saved {saved} after {iter_num} iterations; sample from it: python {checks.shown(os.path.join(checks.REPO, "sample.py"))} --out_dir={out_dir}')
+# the end: either the newest state is on disk, or the exit status says that it isn't
+status = 0 if last_step or eval_only else 128 + stop if stop else 1
+if status:
+    save_state(best=False)
+if run_dir:
+    saved = run_dir.close()
+    if not saved:
+        status = status or 1
+        checks.complain(f'the state after {iter_num} iterations could not be saved in {out_dir}', 'what was saved before is still there')
+    elif last_step:
+        say(f'saved {saved} after {iter_num} iterations; sample from it: python {checks.shown(os.path.join(checks.REPO, "sample.py"))} --out_dir={out_dir}')
+    elif stop:
+        words = [word for word in sys.argv if not word.startswith('--init_from')] + ['--init_from=resume']
+        launcher = ['python'] if ddp_world_size == 1 else ['torchrun', '...']
+        say(f'stopped by {signal.Signals(stop).name} after {iter_num} iterations; saved {saved}; to go on: {shlex.join(launcher + words)}')
+    else:
+        checks.complain(f'{bad_now} updates in a row had a gradient that is not finite; the weights before them are in {saved}',
+                        'try a lower --learning_rate, a smaller --grad_clip, a longer --warmup_iters, or --dtype=bfloat16 for float16')
 if wandb_run:
     never_fatal(wandb_run.finish)
-distributed.shutdown(128 + stop if stop else 0)
+distributed.shutdown(status)

@@ -1,14 +1,16 @@
 """Two processes on this machine against one: the same batch gives the same losses."""
 import pytest
 import torch
-from conftest import TINY, metrics, run, torchrun
+from conftest import TINY, metrics, run, run_ranks, torchrun
+
+import checkpoint
 
 
 @pytest.mark.parametrize('dropout', ['0.0', '0.2'])
 def test_two_ranks_equal_one(char_data, tmp_path, dropout):
     args = [*TINY, f'--dataset={char_data}', '--max_iters=8', '--eval_interval=4', '--eval_iters=5', f'--dropout={dropout}', '--gradient_accumulation_steps=4']
     run('train.py', *args, f'--out_dir={tmp_path / "one"}')
-    out = torchrun(2, 'train.py', *args, f'--out_dir={tmp_path / "two"}').stdout
+    out = ''.join(run_ranks(2, 'train.py', *args, f'--out_dir={tmp_path / "two"}'))
     assert '512 tokens/iter = 2 accumulation x 2 ranks x 4 batch' in out and '2 ranks over gloo' in out
     assert out.count('iter 0: loss') == 1  # rank 0 alone prints
     for event, keys in (('iter', ['loss']), ('eval', ['train/loss', 'val/loss'])):
@@ -28,3 +30,11 @@ def test_accumulation_that_cannot_be_shared_out(char_data, tmp_path):
     said = str(error.value)
     assert said.count('error: gradient_accumulation_steps=5 is not divisible by the 2 ranks; use --gradient_accumulation_steps=4 or 6') == 1
     assert not (tmp_path / 'out').exists()
+
+
+def test_too_many_bad_gradients_end_all_ranks_and_the_state_is_whole(char_data, tmp_path):
+    with pytest.raises(AssertionError) as error:
+        torchrun(2, 'train.py', *TINY, f'--dataset={char_data}', '--max_iters=20', '--learning_rate=1e30', '--decay_lr=False', '--max_bad_steps=3',
+                 f'--out_dir={tmp_path}')
+    assert str(error.value).count('error: 3 updates in a row had a gradient that is not finite') == 1 and 'train.py", line' not in str(error.value)
+    assert all(w.isfinite().all() for w in checkpoint.load(str(tmp_path / 'ckpt_last.pt'))['model'].values())

@@ -7,23 +7,18 @@ import sys
 import time
 
 import pytest
-import torch
-from conftest import ROOT, TINY, metrics, run, torchrun
+from conftest import ROOT, TINY, Process, equal_states, metrics, run, run_ranks
 
 import checkpoint
 
+fcntl, termios = pytest.importorskip('fcntl'), pytest.importorskip('termios')
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='signals as POSIX has them')
-
-
-def start(*command, cwd):
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, 'PYTHONUNBUFFERED': '1'})
 
 
 def wait_until(condition, process):
     end = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        assert process.poll() is None and time.monotonic() < end, process.written()
         time.sleep(0.005)
 
 
@@ -31,16 +26,15 @@ def has_iterations(out_dir, n):
     def condition():
         try:
             return len(metrics(out_dir, 'iter')) >= n
-        except (OSError, ValueError):  # not there yet, or a line half written
+        except OSError:  # not there yet
             return False
     return condition
 
 
-def assert_equal_states(a, b):
-    a, b = (checkpoint.load(str(path)) for path in (a, b))
-    assert a['iter_num'] == b['iter_num'] and all(torch.equal(a['model'][k], b['model'][k]) for k in a['model'])
-    for i, state in a['optimizer']['state'].items():
-        assert all(torch.equal(state[k], b['optimizer']['state'][i][k]) for k in state)
+def catches(pid, number):
+    """Whether the process has a handler for this signal."""
+    with open(f'/proc/{pid}/status') as f:
+        return next(int(line.split()[1], 16) for line in f if line.startswith('SigCgt')) >> (number - 1) & 1
 
 
 @pytest.fixture(scope='module')
@@ -58,7 +52,7 @@ def whole(args, tmp_path_factory):
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT'])
 def test_a_signal_ends_the_run_and_nothing_is_lost(args, whole, tmp_path, name):
     number = getattr(signal, name)
-    process = start(os.path.join(ROOT, 'train.py'), *args, '--out_dir=run', cwd=tmp_path)
+    process = Process('train.py', *args, '--out_dir=run', cwd=tmp_path)
     wait_until(has_iterations(tmp_path / 'run', 5), process)
     process.send_signal(number)
     process.send_signal(number)  # as launchers do: this doesn't count
@@ -67,43 +61,57 @@ def test_a_signal_ends_the_run_and_nothing_is_lost(args, whole, tmp_path, name):
     stopped = re.fullmatch(rf'stopped by {name} after (\d+) iterations; saved run/ckpt_last.pt; to go on: python (.*)', out.splitlines()[-1])
     assert 5 <= int(stopped[1]) < 600 and len(metrics(tmp_path / 'run', 'iter')) == int(stopped[1])
     run(*stopped[2].replace(ROOT + os.sep, '').split(), cwd=tmp_path)  # the very command it names
-    assert_equal_states(tmp_path / 'run' / 'ckpt.pt', whole)
+    assert equal_states(tmp_path / 'run' / 'ckpt.pt', whole)
 
 
 def test_a_second_signal_ends_it_at_once(args, tmp_path):
-    process = start(os.path.join(ROOT, 'train.py'), *args, '--eval_iters=1000000', '--out_dir=run', cwd=tmp_path)  # an evaluation without end
-    wait_until(lambda: (tmp_path / 'run' / 'metrics.jsonl').exists(), process)
-    time.sleep(1)  # into the evaluation: what is tested is that the first signal does not end it
+    process = Process('train.py', *args, '--eval_iters=1000000', '--out_dir=run', cwd=tmp_path)  # an evaluation without end
+    wait_until(lambda: catches(process.pid, signal.SIGTERM), process)
     process.send_signal(signal.SIGTERM)
     time.sleep(3.5)  # the stated 3 seconds
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 143 and os.listdir(tmp_path / 'run') == ['metrics.jsonl']
-    process.communicate()
 
 
 def test_sigusr1_saves_and_goes_on(args, tmp_path):
-    process = start(os.path.join(ROOT, 'train.py'), *args, '--out_dir=run', cwd=tmp_path)
+    process = Process('train.py', *args, '--out_dir=run', cwd=tmp_path)
     wait_until(has_iterations(tmp_path / 'run', 5), process)
     process.send_signal(signal.SIGUSR1)
     wait_until((tmp_path / 'run' / 'ckpt_last.pt').exists, process)
     saved = checkpoint.load(str(tmp_path / 'run' / 'ckpt_last.pt'))['iter_num']
     wait_until(has_iterations(tmp_path / 'run', saved + 5), process)
-    process.kill()
-    process.communicate()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_a_closed_terminal_ends_it_like_a_signal(args, tmp_path):
+    ours, theirs = os.openpty()
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'train.py'), *args, '--out_dir=run'], cwd=tmp_path, stdin=theirs, stdout=theirs,
+                               stderr=theirs, start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    os.close(theirs)
+    seen = b''
+    while b'iter 5:' not in seen:
+        seen += os.read(ours, 10000)
+    os.close(ours)  # from here on the process gets SIGHUP, and an error for every line it prints
+    assert process.wait(timeout=60) == 129
+    assert checkpoint.load(str(tmp_path / 'run' / 'ckpt_last.pt'))['iter_num'] == len(metrics(tmp_path / 'run', 'iter')) < 600
 
 
 def test_all_ranks_stop_in_the_same_iteration(args, tmp_path):
     args = [*args, '--max_iters=300', '--out_dir=run']
-    command = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', os.path.join(ROOT, 'train.py'), *args]
-    process = start(*command, cwd=tmp_path)
-    wait_until(has_iterations(tmp_path / 'run', 5), process)
+    process = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', os.path.join(ROOT, 'train.py'), *args],
+                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while not has_iterations(tmp_path / 'run', 5)():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.005)
     with open(f'/proc/{process.pid}/task/{process.pid}/children') as f:
         ranks = f.read().split()
     os.kill(int(ranks[-1]), signal.SIGTERM)  # one of the two
     out, _ = process.communicate(timeout=120)
     stopped = re.search(r'stopped by SIGTERM after (\d+) iterations; saved run/ckpt_last.pt', out)
     assert process.returncode and len(metrics(tmp_path / 'run', 'iter')) == int(stopped[1]) < 300
-    torchrun(2, 'train.py', *args, '--init_from=auto', cwd=tmp_path)
-    torchrun(2, 'train.py', *args[:-1], '--out_dir=whole', cwd=tmp_path)
-    assert_equal_states(tmp_path / 'run' / 'ckpt.pt', tmp_path / 'whole' / 'ckpt.pt')
+    run_ranks(2, 'train.py', *args, '--init_from=auto', cwd=tmp_path)
+    run_ranks(2, 'train.py', *args[:-1], '--out_dir=whole', cwd=tmp_path)
+    assert equal_states(tmp_path / 'run' / 'ckpt.pt', tmp_path / 'whole' / 'ckpt.pt')

@@ -162,15 +162,9 @@ def test_another_run_from_scratch_keeps_the_earlier_one(char_data, tmp_path):
     assert sorted(os.listdir(tmp_path / 'previous')) == ['ckpt.pt', 'metrics.jsonl']
     assert torch.load(tmp_path / 'previous' / 'ckpt.pt', weights_only=True)['iter_num'] == 2
     assert len(metrics(tmp_path, 'run')) == 1
-
-
-def test_compiling_gives_the_same_losses(char_data, tmp_path):
-    losses = []
-    for flag in ('True', 'False'):
-        run('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={tmp_path / flag}', '--max_iters=5', f'--compile={flag}')
-        losses.append([e['loss'] for e in metrics(tmp_path / flag, 'iter')])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert not any('_orig_mod' in k for k in torch.load(tmp_path / 'True' / 'ckpt.pt', weights_only=True)['model'])
+    (tmp_path / 'ckpt.pt').unlink()  # a run that ended before its first save doesn't take the place of one that was saved
+    run('train.py', *args, '--max_iters=1', '--init_from=auto')
+    assert torch.load(tmp_path / 'previous' / 'ckpt.pt', weights_only=True)['iter_num'] == 2 and len(metrics(tmp_path, 'run')) == 2
 
 
 def test_bfloat16_on_a_cpu_is_honoured(char_data, tmp_path):
@@ -217,6 +211,11 @@ def test_without_arguments_it_says_what_to_do(tmp_path):
 
 @pytest.mark.parametrize('args, words', [
     (['--n_embd=30', '--n_head=4'], 'n_embd=30 is not divisible by n_head=4'), (['--n_layer=0'], 'n_layer=0'), (['--batch_size=0'], 'batch_size=0'),
+    (['--n_head=0'], 'n_head=0'), (['--n_embd=0'], 'n_embd=0'), (['--block_size=0'], 'block_size=0'), (['--max_bad_steps=0'], 'max_bad_steps=0'),
+    (['--gradient_accumulation_steps=0'], 'gradient_accumulation_steps=0'), (['--max_iters=-1'], 'max_iters=-1'), (['--beta1=-0.1'], 'beta1=-0.1'),
+    (['--learningrate=1'], 'unknown knob --learningrate (did you mean --learning_rate?)'),
+    (['--batch_size=many'], "--batch_size needs a whole number, not 'many'"),
+    (['config/nowhere.py'], 'no config file config/nowhere.py'),
     (['--dropout=1.5'], 'dropout=1.5'), (['--beta2=1'], 'beta2=1'), (['--eval_interval=0'], 'eval_interval=0'), (['--log_interval=0'], 'log_interval=0'),
     (['--device=tpu9'], "'tpu9'"), (['--device=cuda:7'], 'cuda:7'), (['--dtype=int8'], "'int8'"), (['--compile=fast'], "'fast'"),
     (['--init_from=gpt3'], "'gpt3'"), (['--init_from=resume'], 'no checkpoint'), (['--dataset=nowhere'], "no dataset 'nowhere'"),
@@ -228,6 +227,23 @@ def test_mistakes_end_in_one_line_and_write_nothing(char_data, tmp_path, args, w
         pytest.skip('there is such a device')
     out = run_here('train.py', f'--dataset={char_data}', '--device=cpu', '--out_dir=out', *args, ok=False, cwd=tmp_path)
     assert words in out.stderr and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize('env, words', [
+    (dict(RANK='0', WORLD_SIZE='2'), 'RANK and WORLD_SIZE in the environment, but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT'),
+    (dict(LOCAL_RANK='0'), 'LOCAL_RANK'), (dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='4'), 'MASTER_ADDR')])
+def test_without_torchruns_variables(char_data, tmp_path, env, words):
+    out = run('train.py', *TINY, f'--dataset={char_data}', '--out_dir=out', ok=False, cwd=tmp_path, **env)
+    assert words in out.stderr and 'torchrun' in out.stderr and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--warmup_iters=100', '--lr_decay_iters=5'], 'lr_decay_iters=5 is not above warmup_iters=100'),
+    (['--warmup_iters=5', '--lr_decay_iters=5'], 'never decays'), (['--min_lr=0.1'], 'min_lr=0.1 is above learning_rate=0.003'),
+    (['--min_lr=0.1', '--decay_lr=False'], ''), ([], '')])
+def test_what_may_surprise_is_said_and_accepted(char_data, tmp_path, flags, words):
+    err = run_here('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={tmp_path}', '--max_iters=1', *flags).stderr
+    assert words in err and err.count('warning: ') == bool(words) == err.count('\n')
 
 
 def test_resume_takes_its_shape_from_the_checkpoint(trained, char_data):
@@ -250,6 +266,14 @@ def test_data_of_another_vocabulary_is_refused(trained, char_data, tmp_path):
     run_here('data/text/prepare.py', f'--input={tmp_path / "other.txt"}', f'--out_dir={tmp_path / "other"}')
     out = run_here('train.py', *TINY, f'--dataset={tmp_path / "other"}', f'--out_dir={trained}', '--init_from=resume', '--max_iters=70', ok=False)
     assert 'another dataset' in out.stderr
+    # no table beside the data: then they would be GPT-2's BPE
+    shutil.copytree(char_data, tmp_path / 'bare')
+    (tmp_path / 'bare' / 'meta.pkl').unlink()
+    out = run_here('train.py', *TINY, f'--dataset={tmp_path / "bare"}', f'--out_dir={trained}', '--init_from=resume', '--max_iters=70', ok=False)
+    assert f'{tmp_path / "bare"} has no meta.pkl' in out.stderr and os.path.join(trained, 'ckpt.pt') in out.stderr and '--dataset' in out.stderr
+    (tmp_path / 'bare' / 'meta.pkl').write_bytes(b'unreadable')
+    out = run_here('train.py', *TINY, f'--dataset={tmp_path / "bare"}', f'--out_dir={trained}', '--init_from=resume', '--max_iters=70', ok=False)
+    assert f'{tmp_path / "bare" / "meta.pkl"} is not a readable table' in out.stderr and 'prepare the dataset again' in out.stderr
     # ids that the vocabulary doesn't have: at an end of the file before the first step, in its middle with the batch
     for where, started in ((0, False), (5000, True)):
         folder = tmp_path / str(where)
@@ -268,7 +292,8 @@ def test_metrics_are_json_lines(trained):
         assert [json.loads(line)['event'] for line in f][:2] == ['run', 'eval']
 
 
-def test_a_gradient_that_is_not_finite_never_reaches_the_weights(char_data, tmp_path, monkeypatch):
+@pytest.mark.parametrize('poison', ['loss and gradient', 'loss'])
+def test_what_is_not_finite_never_reaches_the_weights(char_data, tmp_path, monkeypatch, poison):
     # the same run twice: one with a poisoned loss in iteration 3, one that leaves out the update of iteration 3
     args = [*TINY, f'--dataset={char_data}', '--max_iters=6', '--dropout=0.1', '--log_interval=1', '--eval_interval=100']
     forward, step, calls = model.GPT.forward, torch.optim.AdamW.step, {'forward': 0, 'step': 0}
@@ -276,7 +301,9 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(char_data, tmp_
     def poisoned(self, *args, **kwargs):
         logits, loss = forward(self, *args, **kwargs)
         calls['forward'] += self.training
-        return logits, loss * math.inf if calls['forward'] == 2 * 3 + 1 and self.training else loss  # of two micro-steps
+        if calls['forward'] == 2 * 3 + 1 and self.training:  # of two micro-steps
+            loss = loss * math.inf if poison == 'loss and gradient' else loss + math.inf
+        return logits, loss
 
     def left_out(self, *args, **kwargs):
         calls['step'] += 1
