@@ -10,8 +10,8 @@ import os
 
 import torch
 
-from checks import fail
-from model import GPT, GPTConfig
+from checkpoint import check_shapes
+from checks import fail, first_line
 
 GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 # Hugging Face keeps these as Conv1D, (in, out): the transpose of a Linear's weight
@@ -36,20 +36,23 @@ def read_hf(model_type):
     folder = _fetch(model_type) if model_type in GPT2_SIZES else model_type
     try:
         with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
-            hf = json.load(f)
+            hf = json.loads(f.read(2 ** 20))
         sizes = {ours: hf[theirs] for ours, theirs in (('block_size', 'n_positions'), ('vocab_size', 'vocab_size'),
                                                        ('n_layer', 'n_layer'), ('n_head', 'n_head'), ('n_embd', 'n_embd'))}
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        fail(f'{model_type!r} has no config.json of a GPT-2 ({type(e).__name__}: {e})',
+        if wrong := [key for key, value in sizes.items() if type(value) is not int]:
+            raise TypeError(f'{wrong[0]} is no whole number')
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        fail(f'{model_type!r} has no config.json of a GPT-2 ({type(e).__name__}: {first_line(e)})',
              f'give one of {", ".join(GPT2_SIZES)}, or a folder saved by transformers')
     unfit = [f'{key}={hf[key]!r}' for key, value in REQUIRED if hf.get(key, value) != value]
-    if hf.get('activation_function', 'gelu_new') not in GELUS:
-        unfit.append(f'activation_function={hf["activation_function"]!r}')
+    gelu = hf.get('activation_function', 'gelu_new')
+    if not isinstance(gelu, str) or gelu not in GELUS:
+        unfit.append(f'activation_function={gelu!r}')
     if hf.get('n_inner') not in (None, 4 * sizes['n_embd']):
         unfit.append(f'n_inner={hf["n_inner"]!r}')
     if unfit:
-        fail(f'{model_type} is no plain GPT-2: {", ".join(unfit)}', 'this model has no such option')
-    args = dict(sizes, bias=True, gelu=GELUS[hf.get('activation_function', 'gelu_new')])
+        fail(f'{model_type} is no plain GPT-2: {", ".join(unfit)[:200]}', 'this model has no such option')
+    args = dict(sizes, bias=True, gelu=GELUS[gelu])
     return args, _read_tensors(folder, args)
 
 
@@ -72,28 +75,30 @@ def _read_tensors(folder, args):
     files = sorted(name for name in os.listdir(folder) if name.endswith('.safetensors'))
     if not files:
         fail(f'{folder} has no .safetensors file', 'save it again with a recent transformers: model.save_pretrained(folder)')
-    tensors = {}
-    for name in files:
-        path = os.path.join(folder, name)
-        try:
+    places, shapes, tensors = {}, {}, {}  # by our names: (path, key) and shape of each tensor, before any is read
+    try:
+        for path in (os.path.join(folder, name) for name in files):
             with safe_open(path, framework='pt') as f:
-                # the largest first: while one is copied its pages count too, and then little else is there yet
-                keys = sorted(f.keys(), key=lambda key: -math.prod(f.get_slice(key).get_shape()))
-            for key in keys:
-                ours = 'transformer.' + key.removeprefix('transformer.')
-                if key == 'lm_head.weight' or ours.endswith(('.attn.bias', '.attn.masked_bias')):
-                    continue  # the embedding once more; and masks, not weights
-                with safe_open(path, framework='pt') as f:  # opened anew: what a tensor mapped is let go with it
-                    tensor = f.get_tensor(key)
-                    tensor = tensor.t() if ours.endswith(TRANSPOSED) else tensor
-                    # clone, or it would stay in the file
-                    tensors[ours] = tensor.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-                    del tensor
-        except (SafetensorError, OSError) as e:
-            fail(f'{path} is no readable safetensors file ({e})', 'download or save it again')
-    tensors['lm_head.weight'] = tensors.get('transformer.wte.weight')
-    expected = GPT.on_meta(GPTConfig(**args)).state_dict()
-    wrong = sorted(k for k in {*expected, *tensors} if k not in expected or tensors.get(k) is None or tensors[k].shape != expected[k].shape)
-    if wrong:
-        fail(f'the weights in {folder} are not those of a GPT-2 of the shape in its config.json: see {wrong[0]}', 'save it again from a GPT2LMHeadModel')
+                for key in f.keys():
+                    ours = 'transformer.' + key.removeprefix('transformer.')
+                    if key == 'lm_head.weight' or ours.endswith(('.attn.bias', '.attn.masked_bias')):
+                        continue  # the embedding once more; and masks, not weights
+                    if f.get_slice(key).get_dtype() not in ('F64', 'F32', 'F16', 'BF16'):
+                        raise ValueError(f'{key} is in {f.get_slice(key).get_dtype()}')
+                    shape = f.get_slice(key).get_shape()
+                    places[ours], shapes[ours] = (path, key), shape[::-1] if ours.endswith(TRANSPOSED) else shape
+        shapes['lm_head.weight'] = shapes.get('transformer.wte.weight', ())
+        check_shapes(args, shapes)
+        # the largest first: while one is copied its pages count too, and then little else is there yet
+        for ours in sorted(places, key=lambda name: -math.prod(shapes[name])):
+            path, key = places[ours]
+            with safe_open(path, framework='pt') as f:  # opened anew: what a tensor mapped is let go with it
+                tensor = f.get_tensor(key)
+                tensor = tensor.t() if ours.endswith(TRANSPOSED) else tensor
+                # a copy, or it would stay in the file
+                tensors[ours] = tensor.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+                del tensor
+    except (SafetensorError, OSError, ValueError) as e:
+        fail(f'{path} does not hold the weights of the GPT-2 in its config.json ({first_line(e)})', 'download or save it again')
+    tensors['lm_head.weight'] = tensors['transformer.wte.weight']
     return tensors

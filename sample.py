@@ -80,13 +80,12 @@ if device_type == 'cuda':
 if init_from == 'resume':
     state, path = checkpoint.load_best(out_dir)
     model, meta = checkpoint.build_model(state), state.get('meta')
-    dataset = state.get('config', {}).get('dataset', '')
-    if meta is None and state['model_args']['vocab_size'] < 50257:  # a checkpoint of nanoGPT's: the table is in its data folder
+    dataset = str(state.get('config', {}).get('dataset', ''))
+    if meta is None and not checks.is_gpt2(state['model_args']['vocab_size']):  # a checkpoint of nanoGPT's: the table is in its data folder
         data_dir = checks.locate_data(dataset)
         meta = read_meta(out_dir) or (read_meta(data_dir) if data_dir else None)
         checks.check_vocabulary(meta, state, f'dataset {dataset!r}, as far as it is here,', path, 'put the meta.pkl of its dataset beside it')
-    best = state.get('best_val_loss', math.inf)
-    origin = f'{path}, iteration {state["iter_num"]}, best val loss {float(best):.4f}'
+    origin = f'{path}, iteration {state["iter_num"]}, best val loss {state.get("best_val_loss", math.inf):.4f}'
     state = None
 elif convert.is_hf(init_from):
     model, meta, origin = GPT.from_pretrained(init_from, dict(dropout=0.0)), None, init_from

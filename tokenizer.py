@@ -3,8 +3,9 @@ From text to token ids and back: a character table (a dataset's meta.pkl) or GPT
 """
 import os
 import pickle
+import pickletools
 
-from checks import fail
+from checks import fail, first_line
 
 END_OF_TEXT = '<|endoftext|>'
 
@@ -68,11 +69,25 @@ def get_tokenizer(meta):
     return CharTokenizer(meta) if meta else GPT2Tokenizer()
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, strings and containers. Whatever asks for a class or a function, as code must, is refused."""
+# the operations of a pickle that make numbers, texts, lists and dicts. Those that name a class or call a function, as
+# code must, are not among them; nor are tuples: hashing one of a million in one another overflows the stack
+PLAIN = set("""PROTO FRAME MARK STOP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING
+    SHORT_BINSTRING UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM
+    SETITEMS PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET""".split())
 
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f'it asks for {module}.{name}, and data needs no code')
+
+def check_meta(meta):
+    """ValueError unless this is a dict with vocab_size and, if any, tables stoi and itos that fit it and each other."""
+    if not isinstance(meta, dict) or type(meta.get('vocab_size')) is not int or not 1 <= meta['vocab_size'] <= 2 ** 16:
+        raise ValueError('it has no vocab_size from 1 to 65,536')
+    if 'stoi' in meta or 'itos' in meta:
+        stoi, itos = meta.get('stoi'), meta.get('itos')
+        itos = dict(enumerate(itos)) if isinstance(itos, list) else itos
+        if not isinstance(stoi, dict) or not isinstance(itos, dict) or stoi != {c: i for i, c in itos.items()}:
+            raise ValueError('its stoi and itos are not the same table')
+        if set(itos) != set(range(len(itos))) or len(itos) > meta['vocab_size'] or any(type(i) is not int for i in stoi.values()):
+            raise ValueError(f'its table does not number the ids from 0 to at most {meta["vocab_size"] - 1}')
+        ''.join(stoi).encode('utf-8')  # texts, without halves of characters
 
 
 def read_meta(data_dir):
@@ -85,9 +100,14 @@ def read_meta(data_dir):
         return None
     try:
         with open(path, 'rb') as f:
-            meta = _PlainUnpickler(f).load()
+            data = f.read(2 ** 24)  # one of 65,536 characters has less than 2 MB
+        for op, arg, _ in pickletools.genops(data):
+            if op.name not in PLAIN:
+                raise ValueError(f'it asks for {op.name} {arg or ""}, and data needs no code'.replace(' ,', ','))
+            if 'PUT' in op.name and int(arg) > len(data):
+                raise ValueError('it asks for more memory than it can need')
+        meta = pickle.loads(data)
+        check_meta(meta)
     except Exception as e:  # a damaged pickle raises almost anything
-        fail(f'{path} is not a readable table ({e})', 'prepare the dataset again')
-    if not isinstance(meta, dict) or type(meta.get('vocab_size')) is not int or meta['vocab_size'] < 1:
-        fail(f'{path} has no vocab_size', 'prepare the dataset again')
+        fail(f'{path} is not a readable table ({first_line(e)})', 'prepare the dataset again')
     return meta

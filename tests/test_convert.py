@@ -76,7 +76,7 @@ def test_damaged_weights_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         GPT.from_pretrained(str(tmp_path))
     said = capsys.readouterr().err
-    assert 'no readable safetensors file' in said and 'has no .safetensors file' in said
+    assert 'does not hold the weights' in said and 'has no .safetensors file' in said
 
 
 def test_the_hub_out_of_reach_is_said_in_one_line(tmp_path):
