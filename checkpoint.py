@@ -4,9 +4,13 @@ Checkpoints: written so that a crash can't cost the earlier one, read without ru
 A run keeps its state in out_dir: ckpt.pt by nanoGPT's rule (at every evaluation, or only at the best one), and in
 ckpt_last.pt whenever the newest state isn't in ckpt.pt.
 """
+import contextlib
 import copy
+import errno
 import json
 import os
+import pickletools
+import re
 import shutil
 import threading
 import time
@@ -33,33 +37,39 @@ class RunDir:
     files stay as they are, and the checkpoint is tried again with the next one.
     """
 
-    def __init__(self, path, fresh=False):
-        """Takes the folder, made if need be; fresh puts aside what an earlier run left in it."""
-        self.path, self.unsaved, self.saved, self.thread, self.logs = path, {}, None, None, True
+    def __init__(self, path):
+        """Takes the folder, if there is one; fails if another run has it."""
+        self.path, self.unsaved, self.written, self.newest, self.thread, self.logs, self.lock = path, {}, {}, None, None, True, None
+        if os.path.isdir(path):
+            self._hold()
+
+    def begin(self, fresh):
+        """Makes the folder, clears away what a crash cut off, and with fresh puts aside what an earlier run left."""
         try:
-            os.makedirs(path, exist_ok=True)
-            self.lock = self._hold()
-            for name in (BEST, LAST):  # what a crash cut off
-                if os.path.exists(os.path.join(path, name + '.tmp')):
-                    os.remove(os.path.join(path, name + '.tmp'))
-            if fresh and put_aside(path):
-                say(f'{path} held another run: its checkpoints and metrics are now in {os.path.join(path, PREVIOUS)}')
-            open(os.path.join(path, METRICS), 'a').close()
+            os.makedirs(self.path, exist_ok=True)
+            self._hold()
+            for name in (BEST, LAST):
+                if os.path.exists(os.path.join(self.path, name + '.tmp')):
+                    os.remove(os.path.join(self.path, name + '.tmp'))
+            if fresh and put_aside(self.path):
+                say(f'{self.path} held another run: its checkpoints and metrics are now in {os.path.join(self.path, PREVIOUS)}')
+            open(os.path.join(self.path, METRICS), 'a').close()
         except OSError as e:
-            fail(f'{path!r} cannot be written to ({e.strerror})', 'name another folder with --out_dir')
+            fail(f'{self.path!r} cannot be written to ({e.strerror})', 'name another folder with --out_dir')
 
     def _hold(self):
-        if not fcntl:
-            return None
-        folder = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(folder)
-            fail(f'another run is writing to {self.path}', 'stop it first, or name another folder with --out_dir')
-        except OSError:  # a file system without locks
-            pass
-        return folder
+        if self.lock is not None or not fcntl:
+            return
+        # the folder itself; NFS locks only files that are open for writing
+        for name, flags in (('.', os.O_RDONLY), ('.lock', os.O_RDWR | os.O_CREAT)):
+            try:
+                self.lock = os.open(os.path.join(self.path, name), flags)
+                return fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f'another run is writing to {self.path}', 'stop it first, or name another folder with --out_dir')
+            except OSError as e:
+                reason = e.strerror
+        warn(f'{self.path} cannot be locked ({reason}), so nothing keeps a second run out of it')
 
     def log(self, **event):
         """Appends the event to metrics.jsonl as a line of JSON."""
@@ -79,16 +89,26 @@ class RunDir:
     def save(self, state, best):
         """Writes the state to ckpt.pt (best) or ckpt_last.pt, once the save before is done; returns when it is copied."""
         self.wait()
+        self.newest = BEST if best else LAST
         if best:
             self.unsaved.pop(LAST, None)  # older
-        self.unsaved[BEST if best else LAST] = to_memory(state, {})
+        self.unsaved[self.newest] = to_memory(state, {})
         self.thread = threading.Thread(target=self._write)
         self.thread.start()
 
     def _write(self):
-        for name in sorted(self.unsaved):  # the older one first
+        for name in sorted(self.unsaved, key=lambda name: name != self.newest):  # what failed before comes after the newest
+            state = self.unsaved[name]
             try:
-                self.saved = save(self.unsaved[name], self.path, best=name == BEST)
+                if not os.path.isdir(self.path):
+                    warn(f'{self.path} is gone; making it again')
+                    os.makedirs(self.path)
+                    self.lock = None
+                    self._hold()
+                save(state, self.path, best=name == BEST)
+                self.written[name] = state['iter_num']
+                if name == BEST and self.written.get(LAST, 0) <= state['iter_num']:
+                    remove_last(self.path)
                 del self.unsaved[name]
             except (OSError, RuntimeError) as e:
                 while e.__context__:  # torch's writer hides what the system said behind errors of its own
@@ -106,7 +126,7 @@ class RunDir:
         self.wait()
         if self.lock is not None:
             os.close(self.lock)
-        return None if self.unsaved else self.saved
+        return None if self.newest in self.unsaved else os.path.join(self.path, self.newest)
 
     def warn_of_slow_saves(self, size):
         """Warns if writing this many bytes may outlast the time that torchrun leaves its processes to end in."""
@@ -143,9 +163,6 @@ def to_memory(value, copies):
 
 def save(state, out_dir, best=True):
     """Writes the state to ckpt.pt (best) or ckpt_last.pt of out_dir, whole or not at all; returns the path."""
-    if not os.path.isdir(out_dir):
-        warn(f'{out_dir} is gone; making it again')
-        os.makedirs(out_dir)
     path = os.path.join(out_dir, BEST if best else LAST)
     aside = path + '.tmp'
     try:
@@ -157,13 +174,22 @@ def save(state, out_dir, best=True):
     finally:
         if os.path.exists(aside):  # on a full disk, its part of the file is the room for the next try
             os.remove(aside)
-    if best and os.path.exists(os.path.join(out_dir, LAST)):
-        os.remove(os.path.join(out_dir, LAST))  # older than what was just written
     if os.name == 'posix':
         folder = os.open(out_dir, os.O_RDONLY)
-        os.fsync(folder)
+        with contextlib.suppress(OSError):  # some file systems don't know how to
+            os.fsync(folder)
         os.close(folder)
     return path
+
+
+def remove_last(out_dir):
+    """Removes ckpt_last.pt, when ckpt.pt is newer."""
+    with contextlib.suppress(OSError):
+        os.remove(os.path.join(out_dir, LAST))
+
+
+# what the pickle in a checkpoint names, of all that weights_only would let it: tensors, no bytearray of any length
+GLOBALS = re.compile(r'collections OrderedDict|torch Size|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage|torch\.storage UntypedStorage')
 
 
 def load(path):
@@ -179,17 +205,23 @@ def load(path):
                 raise ValueError('it is compressed, as none of torch is')
             if damaged := archive.testzip():
                 raise ValueError(f'{damaged} in it is damaged')
+            pickled = archive.read(next(name for name in archive.namelist() if name.endswith('/data.pkl')))
+        for op, arg, _ in pickletools.genops(pickled):
+            if op.name == 'STACK_GLOBAL' or op.name == 'GLOBAL' and not GLOBALS.fullmatch(arg):
+                raise ValueError(f'it asks for {arg}, and data needs no code')
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
         if missing := {'model', 'model_args', 'iter_num'} - set(state):
             raise ValueError(f'it has no {" or ".join(sorted(missing))}')
         for key, kind in (('model', dict), ('model_args', dict), ('optimizer', dict), ('config', dict), ('iter_num', int), ('scaler', dict),
-                          ('wandb_id', str)):
+                          ('wandb_id', str), ('gelu', str)):
             if key in state and not isinstance(state[key], kind):
                 raise ValueError(f'its {key} is no {kind.__name__}')
-        if state['iter_num'] < 0:
-            raise ValueError(f'its iter_num is {state["iter_num"]}')
+        if not 0 <= state['iter_num'] < 2 ** 63:
+            raise ValueError('its iter_num is out of range')
         if state.get('gelu', 'none') not in ('none', 'tanh'):
             raise ValueError(f'its gelu is {state["gelu"]!r}')
+        if any(type(state.get('scaler', SCALER).get(key)) is not type(value) for key, value in SCALER.items()):
+            raise ValueError('its scaler is none')
         if 'best_val_loss' in state:
             state['best_val_loss'] = float(state['best_val_loss'])  # a tensor in nanoGPT's
         if 'meta' in state:
@@ -200,25 +232,33 @@ def load(path):
                 name = name.partition('.')[2]
             if not name.endswith('.attn.bias'):  # the causal mask that old versions kept among the weights
                 weights[name] = tensor
-        weights.setdefault('lm_head.weight', weights.get('transformer.wte.weight'))
-        check_tensors((weights, state.get('optimizer')))
+        weights['lm_head.weight'] = weights.get('transformer.wte.weight')  # one tensor under two names
+        if tensor_bytes((list(weights.values()), state.get('optimizer')), set()) > 4 * os.path.getsize(path) + 2 ** 20:
+            raise ValueError('its tensors are larger than the file')
         check_shapes(state['model_args'], {name: tensor.shape for name, tensor in weights.items()})
         state['model'] = weights
     except Exception as e:  # a damaged archive raises almost anything
+        if isinstance(e, OSError) and e.errno in (errno.EIO, errno.EACCES, errno.ENOMEM, errno.ESTALE):
+            fail(f'{path} cannot be read ({e.strerror})', 'it may be whole: see to that first', who='node')
         raise ValueError(f'{path} is no readable checkpoint: {first_line(e)}') from e
     return state
 
 
-def check_tensors(value):
-    """ValueError if a tensor in these containers isn't plain numbers on the CPU, all of them in the file."""
-    if isinstance(value, torch.Tensor):
+# a GradScaler's state
+SCALER = {'scale': 1.0, 'growth_factor': 1.0, 'backoff_factor': 1.0, 'growth_interval': 1, '_growth_tracker': 1}
+
+
+def tensor_bytes(value, seen):
+    """Bytes that the tensors in these containers take in float32 when copied; ValueError if one isn't plain numbers on the CPU."""
+    if isinstance(value, torch.Tensor) and id(value) not in seen:
+        seen.add(id(value))
         if value.layout != torch.strided or value.device.type != 'cpu' or value.is_quantized or value.is_complex():
             raise ValueError('it has a tensor that is no plain one')
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():  # strides of 0
-            raise ValueError('it has a tensor that is larger than its data')
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            check_tensors(item)
+        return 4 * value.numel()
+    if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+        seen.add(id(value))
+        return sum(tensor_bytes(item, seen) for item in (value.values() if isinstance(value, dict) else value))
+    return 0
 
 
 def check_shapes(model_args, shapes):
@@ -227,10 +267,11 @@ def check_shapes(model_args, shapes):
     None is built that has more layers, or is wider, than there are tensors, or these are large.
     """
     largest = max((n for shape in shapes.values() for n in shape), default=0)
+    layers = min(1000, sum(str(name).endswith('.ln_1.weight') for name in shapes))
     for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size'):
         n = model_args.get(key)
-        if type(n) is not int or not 1 <= n <= (len(shapes) if key == 'n_layer' else largest):
-            raise ValueError(f'{key}={n!r} does not fit its weights')
+        if type(n) is not int or not 1 <= n <= (layers if key == 'n_layer' else largest):
+            raise ValueError(f'{key}={n if type(n) is int else type(n).__name__} does not fit its weights')
     expected = {name: tensor.shape for name, tensor in GPT.on_meta(GPTConfig(**model_args)).state_dict().items()}
     for name in sorted({*expected, *shapes}, key=str):
         if tuple(expected.get(name, ())) != tuple(shapes.get(name, ())):
@@ -245,15 +286,18 @@ def exists(out_dir):
 def put_aside(out_dir):
     """Moves an earlier run's files to out_dir/previous, in place of what is there; whether there were any.
 
-    A run that left no checkpoint isn't worth another's place: its metrics stay, and the new ones follow.
+    A run that left no checkpoint isn't worth another's place: its metrics stay, and the new ones follow. What a crash
+    interrupts is completed at the next start.
     """
-    if not exists(out_dir):
+    previous, new = os.path.join(out_dir, PREVIOUS), os.path.join(out_dir, PREVIOUS + '.new')
+    if not exists(out_dir) and not os.path.exists(new):
         return False
-    shutil.rmtree(os.path.join(out_dir, PREVIOUS), ignore_errors=True)
-    os.makedirs(os.path.join(out_dir, PREVIOUS))
+    os.makedirs(new, exist_ok=True)
     for name in (BEST, LAST, METRICS):
         if os.path.exists(os.path.join(out_dir, name)):
-            os.replace(os.path.join(out_dir, name), os.path.join(out_dir, PREVIOUS, name))
+            os.replace(os.path.join(out_dir, name), os.path.join(new, name))
+    shutil.rmtree(previous, ignore_errors=True)
+    os.replace(new, previous)
     return True
 
 
@@ -277,7 +321,7 @@ def _first_readable(out_dir, newest):
             except ValueError as e:
                 warn(str(e))
     if not found:
-        fail(f'no checkpoint that can be read in {out_dir}', 'train first, or name the run\'s folder with --out_dir', this_rank=True)
+        fail(f'no checkpoint that can be read in {out_dir}', 'train first, or name the run\'s folder with --out_dir', who='node')
     return max(found, key=lambda pair: pair[0]['iter_num'])
 
 
@@ -294,6 +338,8 @@ def load_optimizer(optimizer, state, path):
     Of its settings, weight_decay and betas alone are taken: the others say how rather than what is computed, which
     depends on the device. The moments of a table that was cropped since, by a shorter block_size, are cropped alike.
     """
+    if state is None:
+        fail(f'{path} has no optimizer state', 'it can be sampled from, but not resumed')
     try:
         groups = [{**ours, 'params': theirs['params'], 'weight_decay': float(theirs['weight_decay']), 'betas': tuple(map(float, theirs['betas']))}
                   for theirs, ours in zip(state['param_groups'], optimizer.param_groups, strict=True)]

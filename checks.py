@@ -19,8 +19,11 @@ REPO = os.path.dirname(os.path.abspath(__file__))
 def say(text, error=False):
     """One line on stdout, or stderr, from rank 0. A closed terminal, or a full disk under it, doesn't end a run."""
     if os.environ.get('RANK', '0') == '0':
+        stream = sys.stderr if error else sys.stdout
         try:
-            print(text, file=sys.stderr if error else sys.stdout, flush=True)
+            print(text, file=stream, flush=True)
+        except UnicodeEncodeError:  # a terminal of few characters
+            print(text.encode('ascii', 'backslashreplace').decode(), file=stream, flush=True)
         except OSError:
             pass
 
@@ -35,16 +38,17 @@ def complain(what, remedy=''):
     say(f'error: {what}' + (f'; {remedy}' if remedy else ''), error=True)
 
 
-def fail(what, remedy='', this_rank=False):
+def fail(what, remedy='', who='rank 0'):
     """Ends the program with one line on stderr and status 1. For the user's mistakes; a bug keeps its traceback.
 
-    Under torchrun every rank makes the same mistake, so rank 0 says it; this_rank: others may not have made it.
+    Under torchrun every rank makes the same mistake, so rank 0 says it. who='node': another machine may have made it
+    alone; who='rank': this rank may have.
     """
-    rank = os.environ.get('RANK', '0')
-    if this_rank and rank != '0':
+    rank, local_rank = os.environ.get('RANK', '0'), os.environ.get('LOCAL_RANK', '0')
+    if rank != '0' and (who == 'rank' or who == 'node' and local_rank == '0'):
         print(f'error: rank {rank}: {what}; {remedy}', file=sys.stderr, flush=True)
     elif rank != '0':
-        time.sleep(10)  # torchrun ends all ranks with the first that exits: that must be rank 0, once it has spoken
+        time.sleep(10)  # torchrun ends all ranks with the first that exits: that must be one that has spoken
     complain(what, remedy)
     sys.exit(1)
 
@@ -123,7 +127,7 @@ def choose_device(device, local_rank=0):
     count = getattr(torch, kind).device_count()
     index = local_rank if 'LOCAL_RANK' in os.environ else torch.device(device).index or 0
     if index >= count:
-        fail(f'{kind}:{index} is asked for, but there are {count} here', f'use at most {count} processes on this machine', this_rank=True)
+        fail(f'{kind}:{index} is asked for, but there are {count} here', f'use at most {count} processes on this machine', who='rank')
     return f'{kind}:{index}', why
 
 
@@ -135,6 +139,12 @@ def choose_dtype(dtype, device_type, sampling=False):
     if dtype == 'float16' and device_type != 'cuda':
         return 'float32', f'float16 needs CUDA, this is {device_type}'
     if dtype != 'auto':
+        try:
+            torch.zeros(1, device=device_type, dtype=getattr(torch, dtype))
+        except NotImplementedError:  # no such device, which is another's to say
+            pass
+        except (RuntimeError, TypeError):
+            fail(f'dtype={dtype!r} cannot be computed with on this {device_type} device', 'try --dtype=float32')
         return dtype, 'as asked'
     if device_type == 'cuda':
         # without emulation: cards before Ampere can pretend to have bfloat16, slowly
@@ -209,15 +219,15 @@ def open_bin(path, block_size, vocab_size):
     if size // 2 < block_size + 1:
         fail(f'{path} has {size // 2} tokens, fewer than block_size + 1 = {block_size + 1}', 'set a smaller --block_size')
     tokens = np.memmap(path, dtype='<u2', mode='r')
-    check_ids(np.concatenate((tokens[:4096], tokens[-4096:])), vocab_size, path)
+    check_ids(np.concatenate((tokens[:4096], tokens[-4096:])), vocab_size, path, who='node')
     return tokens
 
 
-def check_ids(ids, vocab_size, path):
+def check_ids(ids, vocab_size, path, who='rank'):
     """Fails if a token id is beyond the vocabulary: on a GPU it would end in an assertion that names nothing."""
     if ids.max() >= vocab_size:
         fail(f'{path} holds token id {ids.max()}, but the vocabulary has {vocab_size}',
-             'the data was made with another tokenizer: prepare it again, or name the right --dataset', this_rank=True)
+             'the data was made with another tokenizer: prepare it again, or name the right --dataset', who)
 
 
 def is_gpt2(vocab_size):

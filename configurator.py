@@ -115,12 +115,14 @@ def _configure():
             known = sorted(os.path.relpath(p, checks.REPO) for p in glob.glob(os.path.join(checks.REPO, 'config', '*.py')))
             mistakes.append(f'no config file {arg}{closest(arg, known)}; a knob is set as --key=value')
             continue
-        with open(path, encoding='utf-8') as f:
-            source = f.read()
         try:
-            tree = ast.parse(source, path)
+            with open(path, encoding='utf-8') as f:
+                tree = ast.parse(f.read(), path)
         except SyntaxError as e:
             mistakes.append(f'{arg}, line {e.lineno}: {e.msg}')
+            continue
+        except ValueError as e:  # not UTF-8, or bytes of 0
+            mistakes.append(f'{arg} is no text of Python: {e}')
             continue
         try:
             exec(builtins.compile(tree, path, 'exec'), space)

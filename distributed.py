@@ -5,7 +5,9 @@ With one process the functions here do nothing, but for the signals.
 """
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 import uuid
 from contextlib import nullcontext
@@ -26,7 +28,8 @@ def ranks():
     given = [name for name in names[:3] if name in os.environ]
     missing = [name for name in names if name not in os.environ]
     if given and missing and os.environ.get('WORLD_SIZE') != '1':
-        fail(f'{" and ".join(given)} in the environment, but not {", ".join(missing)}', 'start several processes with torchrun, which sets them all')
+        fail(f'{" and ".join(given)} in the environment, but not {", ".join(missing)}',
+             'start several processes with torchrun, which sets them all', who='rank')
     return tuple(int(os.environ.get(name, default)) for name, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
 
 
@@ -105,32 +108,38 @@ def same(number):
 
 
 _asked = {'stop': 0, 'saves': 0, 'since': None}  # of this rank: the signal to stop by, how often to save, and when the first came
-_handlers, _group, _vote, _saves = {}, None, None, 0
+_handlers, _pipe, _group, _vote, _saves = {}, None, None, None, 0
 
 
 def catch_signals():
     """From here on SIGTERM, SIGINT and SIGHUP ask the run to stop, SIGUSR1 asks it to save: see wishes().
 
     Who asks to stop again, 3 seconds or more after the first time, ends the process at once: launchers send the same
-    signal twice within milliseconds.
+    signal twice within milliseconds. A thread listens, as Python's own handlers wait while the main thread waits for a
+    device or another rank.
     """
-    global _group, _saves
-
-    def ask(number, frame):
-        if number == getattr(signal, 'SIGUSR1', None):
-            _asked['saves'] += 1
-        elif _asked['since'] and time.monotonic() - _asked['since'] > 3:
-            os._exit(128 + number)
-        else:
-            _asked.update(stop=int(number), since=_asked['since'] or time.monotonic())
-
+    global _pipe, _group, _saves
+    _asked.update(stop=0, saves=0, since=None)
+    _pipe, _saves = socket.socketpair(), 0
+    _pipe[1].setblocking(False)
+    signal.set_wakeup_fd(_pipe[1].fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_listen, args=(_pipe[0],), daemon=True).start()
     for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1'):
         # Windows has not all of them; and nohup asks to ignore the terminal's end
         if hasattr(signal, name) and not (name == 'SIGHUP' and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN):
-            _handlers[name] = signal.signal(getattr(signal, name), ask)
-    _asked.update(stop=0, saves=0, since=None)
-    _saves = 0
+            _handlers[name] = signal.signal(getattr(signal, name), lambda number, frame: None)
     _group = dist.new_group(backend='gloo', timeout=TIMEOUT) if dist.is_initialized() else None
+
+
+def _listen(pipe):
+    while numbers := pipe.recv(64):  # one byte a signal; none once the other end is closed
+        for number in numbers:
+            if number == getattr(signal, 'SIGUSR1', None):
+                _asked['saves'] += 1
+            elif getattr(signal.Signals(number), 'name') in _handlers:
+                if _asked['since'] and time.monotonic() - _asked['since'] > 3:
+                    os._exit(128 + number)
+                _asked.update(stop=number, since=_asked['since'] or time.monotonic())
 
 
 def wishes():
@@ -168,4 +177,7 @@ def shutdown(status=0):
         os._exit(status)
     for name in list(_handlers):  # signals belong again to whom they did
         signal.signal(getattr(signal, name), _handlers.pop(name))
+    if _pipe:
+        signal.set_wakeup_fd(-1)
+        _pipe[1].close()
     sys.exit(status)

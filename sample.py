@@ -80,7 +80,8 @@ if device_type == 'cuda':
 if init_from == 'resume':
     state, path = checkpoint.load_best(out_dir)
     model, meta = checkpoint.build_model(state), state.get('meta')
-    dataset = str(state.get('config', {}).get('dataset', ''))
+    dataset = state.get('config', {}).get('dataset', '')
+    dataset = dataset if isinstance(dataset, str) else ''
     if meta is None and not checks.is_gpt2(state['model_args']['vocab_size']):  # a checkpoint of nanoGPT's: the table is in its data folder
         data_dir = checks.locate_data(dataset)
         meta = read_meta(out_dir) or (read_meta(data_dir) if data_dir else None)

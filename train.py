@@ -90,6 +90,7 @@ compile, compile_why = checks.choose_compile(compile, device_type)
 if device_type == 'cpu':
     checks.keep_freed_memory()
 checks.explain_crashes(device, config)
+run_dir = checkpoint.RunDir(out_dir) if master_process and not eval_only else None  # before it is read: nobody else may write
 
 backend = distributed.init(backend, device)
 torch.manual_seed(seed)  # the same on every rank: the same weights
@@ -101,7 +102,9 @@ ctx = nullcontext() if dtype == 'float32' else torch.autocast(device_type, dtype
 
 # -----------------------------------------------------------------------------
 # the model
-iter_num, best_val_loss, state = 0, math.inf, None
+iter_num, best_val_loss, state, was_finished = 0, math.inf, None, False
+if int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0)) and init_from not in ('auto', 'resume') and not eval_only:
+    checks.fail(f'with --init_from={init_from}, every restart by torchrun --max-restarts would begin again', 'use --init_from=auto')
 if init_from == 'auto':
     init_from = 'resume' if checkpoint.exists(out_dir) else 'scratch'
 if init_from == 'scratch':
@@ -112,7 +115,7 @@ elif init_from == 'resume':
     state, path = checkpoint.load_best(out_dir) if eval_only else checkpoint.load_newest(out_dir)
     checks.check_vocabulary(meta, state, data_dir, path)
     model = checkpoint.build_model(state, dropout)
-    iter_num, best_val_loss = state['iter_num'], state.get('best_val_loss', math.inf)
+    iter_num, best_val_loss, was_finished = state['iter_num'], state.get('best_val_loss', math.inf), state.get('finished', False)
     origin = f'resumed from {path} at iteration {iter_num}'
 elif convert.is_hf(init_from):
     if meta:
@@ -129,7 +132,7 @@ if block_size < model.config.block_size:
     model.crop_block_size(block_size)
 if not distributed.same(iter_num):
     checks.fail(f'the ranks found different checkpoints in {out_dir}: rank {ddp_rank} is at iteration {iter_num}',
-                'out_dir must be a folder that all machines share, or the same on each', this_rank=True)
+                'out_dir must be a folder that all machines share, or the same on each', who='rank')
 overruled = [f'{k}={config[k]}' for k in ('n_layer', 'n_head', 'n_embd', 'bias') if config[k] != getattr(model.config, k)]
 model_args = {k: getattr(model.config, k) for k in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')}
 model.to(device)
@@ -138,7 +141,7 @@ raw_model = model  # the one that is saved: without the prefixes that compiling 
 optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')  # float16 alone has too narrow a range
 if state and not eval_only:
-    checkpoint.load_optimizer(optimizer, state['optimizer'], path)
+    checkpoint.load_optimizer(optimizer, state.get('optimizer'), path)
     given = optimizer.param_groups[0]
     if (given['weight_decay'], *given['betas']) != (weight_decay, beta1, beta2):
         say(f'weight_decay={given["weight_decay"]}, betas={given["betas"]} come from the checkpoint, not from the knobs')
@@ -149,7 +152,7 @@ state = None  # frees it
 
 if compile:
     model = torch.compile(model)
-eval_model = model  # evaluation is shared out unevenly, so it must not wait for other ranks
+eval_model = model  # without what only training needs
 model = distributed.wrap(model, device)
 
 # -----------------------------------------------------------------------------
@@ -194,15 +197,22 @@ def seed_dropout(iter_num, micro_step):
 
 @torch.no_grad()
 def estimate_loss():
-    """Mean loss of each split over eval_iters batches, the same ones every time: windows evenly spaced over the split."""
+    """Mean loss of each split over eval_iters batches, the same ones every time: windows evenly spaced over the split.
+
+    None if the run is asked to stop meanwhile.
+    """
     losses = {}
     eval_model.eval()
     for split in ('train', 'val'):
         starts = np.linspace(0, len(windows[split]) - 1, eval_iters * batch_size).astype(np.int64).reshape(eval_iters, -1)
         loss_sum = torch.zeros((), device=device)
-        for k in range(ddp_rank, eval_iters, ddp_world_size):
+        for k in range(0, eval_iters, ddp_world_size):  # a batch for each rank, as far as they go
             with ctx:
-                loss_sum += eval_model(*get_batch(split, starts[k]), return_logits=False)[1]
+                loss = eval_model(*get_batch(split, starts[min(k + ddp_rank, eval_iters - 1)]), return_logits=False)[1]
+            loss_sum += loss * (k + ddp_rank < eval_iters)
+            if distributed.wishes()[0]:
+                eval_model.train()
+                return None
         losses[split] = distributed.total(loss_sum).item() / eval_iters
     eval_model.train()
     return losses
@@ -218,9 +228,9 @@ def get_lr(it):
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 
 
-def save_state(best):
+def save_state(best, finished=False):
     """Saves all that a resumed run needs, in nanoGPT's format, with keys of ours that nanoGPT ignores."""
-    ours = {}
+    ours = {'finished': finished}  # up to its last evaluation
     if meta:
         ours['meta'] = meta  # so that the checkpoint can be sampled from without its data
     if raw_model.config.gelu != 'none':
@@ -263,7 +273,7 @@ def never_fatal(call, *args):
 
 # -----------------------------------------------------------------------------
 # the run plan: what will happen, in numbers
-if iter_num >= max_iters > 0 and not eval_only:
+if iter_num >= max_iters > 0 and was_finished and not eval_only:
     say(f'the run in {out_dir} is finished: it has {iter_num} iterations, max_iters is {max_iters}; a larger --max_iters goes on')
     distributed.shutdown()
 train_tokens = len(windows['train']) + block_size
@@ -277,11 +287,11 @@ say(f'machine: {device} ({device_why}), {dtype} ({dtype_why}), {"compiled" if co
     + (f', {ddp_world_size} ranks over {backend}' if backend else ''))
 held, activations = checks.training_bytes(raw_model.get_num_params(False), raw_model.config, batch_size, dtype, device_type, compile)
 say(f'memory: {held / 2**30:.2f} GiB for weights, gradients and AdamW, about {activations / 2**30:.2f} GiB for activations')
-checks.check_memory(held + activations, device)
+checks.check_memory(held * (3 if init_from != 'resume' else 1) // 4 + activations, device)  # beyond what is there by now
 
-run_dir = wandb_run = None  # rank 0 alone writes
-if master_process and not eval_only:
-    run_dir = checkpoint.RunDir(out_dir, fresh=init_from != 'resume')
+wandb_run = never_fatal(start_wandb) if wandb_log and master_process else None
+if run_dir:
+    run_dir.begin(fresh=init_from != 'resume')
     run_dir.warn_of_slow_saves(held * 3 // 4)  # weights and moments
     try:
         commit = subprocess.run(['git', '-C', checks.REPO, 'rev-parse', 'HEAD'], capture_output=True, text=True).stdout.strip()
@@ -289,15 +299,14 @@ if master_process and not eval_only:
         commit = ''
     log('run', config=config, argv=sys.argv, python=platform.python_version(), torch=torch.__version__,
         commit=commit, device=device, dtype=dtype, world_size=ddp_world_size)
-if wandb_log and master_process:
-    wandb_run = never_fatal(start_wandb)
 
 # -----------------------------------------------------------------------------
 # the loop
 if not eval_only:
     distributed.catch_signals()
 first_iter = iter_num
-bad_steps, bad_now = torch.zeros((), device=device), 0  # updates skipped in a row; what the host knows of them
+bad_steps, worst, skipped = torch.zeros(3, device=device)  # updates skipped in a row by now, at most since the last log, and in all
+bad_now, losses = 0, None  # the host's copy of worst; of the last evaluation, None if it was cut off
 mfu = None  # a running mean, unknown at first
 X, Y = get_micro_batch(iter_num, 0)
 t0, timed_from = time.perf_counter(), iter_num
@@ -310,13 +319,15 @@ while True:
 
     # once in a while: evaluate, and save the state
     if iter_num % eval_interval == 0 or last_step or eval_only:
-        losses = estimate_loss()
+        if (losses := estimate_loss()) is None:
+            stop = distributed.wishes()[0]
+            break
         is_best = losses['val'] < best_val_loss
         best_val_loss = min(best_val_loss, losses['val'])
         say(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
         log('eval', **{'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr, 'mfu': 100 * mfu if mfu else None})
         if iter_num > first_iter or last_step or is_best and iter_num > 0:  # else it is on disk or not worth keeping
-            save_state(best=is_best or always_save_checkpoint)
+            save_state(best=is_best or always_save_checkpoint, finished=last_step)
         t0, timed_from = time.perf_counter(), iter_num  # the time isn't the next iteration's
     elif save_now or save_interval and iter_num % save_interval == 0 and iter_num > first_iter:
         save_state(best=False)
@@ -346,9 +357,11 @@ while True:
     # are where found_inf is 1, without the host having to know (a GradScaler sets it by itself)
     bad = (~grad_norm.isfinite()).float()
     bad_steps = (bad_steps + 1) * bad
+    worst, skipped = torch.maximum(worst, bad_steps), skipped + bad
     if not scaler.is_enabled():
         optimizer.found_inf = bad
-    scaler.step(optimizer)
+    if device_type != 'mps' or not bad.item():  # whose kernel doesn't look at found_inf
+        scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
 
@@ -357,35 +370,36 @@ while True:
         loss = distributed.mean(loss_sum / micro_steps).item()  # over the whole batch and all ranks; waits for the device
         dt = (time.perf_counter() - t0) / (iter_num + 1 - timed_from)
         t0, timed_from = time.perf_counter(), iter_num + 1
-        bad_now = int(bad_steps.item())
+        bad_now, skipped_now = (int(n) for n in torch.stack((worst, skipped)).tolist())
+        worst = torch.zeros_like(worst)
         now = raw_model.estimate_mfu(batch_size * micro_steps, dt) if iter_num - first_iter >= 5 else None  # the first ones warm up
         mfu = now if mfu is None else 0.9 * mfu + 0.1 * now
         say(f'iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {f"{mfu * 100:.2f}%" if mfu else "n/a"}, '
             f'{tokens_per_iter / dt:,.0f} tokens/s')
         if bad_now:
-            checks.warn(f'iter {iter_num}: the gradient is not finite; skipped the last {bad_now} updates in a row')
+            checks.warn(f'iter {iter_num}: skipped updates, as their gradient was not finite: {bad_now} in a row, {skipped_now} in all')
         log('iter', iter=iter_num, loss=loss if math.isfinite(loss) else None, ms=1000 * dt, lr=lr, mfu=100 * mfu if mfu else None,
-            grad_norm=grad_norm.item() if not bad_now else None, bad_steps=bad_now)
+            grad_norm=grad_norm.item() if grad_norm.isfinite() else None, bad_steps=bad_now, skipped=skipped_now)
     iter_num += 1
 
 # the end: either the newest state is on disk, or the exit status says that it isn't
-status = 0 if last_step or eval_only else 128 + stop if stop else 1
-if status:
+finished = losses is not None and (last_step or eval_only)
+if not finished and not eval_only:
     save_state(best=False)
-if run_dir:
-    saved = run_dir.close()
-    if not saved:
-        status = status or 1
-        checks.complain(f'the state after {iter_num} iterations could not be saved in {out_dir}', 'what was saved before is still there')
-    elif last_step:
-        say(f'saved {saved} after {iter_num} iterations; sample from it: python {checks.shown(os.path.join(checks.REPO, "sample.py"))} --out_dir={out_dir}')
-    elif stop:
-        words = [word for word in sys.argv if not word.startswith('--init_from')] + ['--init_from=resume']
-        launcher = ['python'] if ddp_world_size == 1 else ['torchrun', '...']
-        say(f'stopped by {signal.Signals(stop).name} after {iter_num} iterations; saved {saved}; to go on: {shlex.join(launcher + words)}')
-    else:
-        checks.complain(f'{bad_now} updates in a row had a gradient that is not finite; the weights before them are in {saved}',
-                        'try a lower --learning_rate, a smaller --grad_clip, a longer --warmup_iters, or --dtype=bfloat16 for float16')
+saved = run_dir.close() if run_dir else None
+status = 0 if finished else 128 + stop if stop else 1
+if run_dir and not saved:
+    status = status or 1
+    checks.complain(f'the state after {iter_num} iterations could not be saved in {out_dir}', 'what was saved before is still there')
+elif finished and not eval_only:
+    say(f'saved {saved} after {iter_num} iterations; sample from it: python {checks.shown(os.path.join(checks.REPO, "sample.py"))} --out_dir={out_dir}')
+elif stop:
+    words = [word for word in sys.argv if not word.startswith('--init_from')] + ['--init_from=resume']
+    again = shlex.join(['python', *words]) if ddp_world_size == 1 else 'the same command with --init_from=resume'
+    say(f'stopped by {signal.Signals(stop).name} after {iter_num} iterations; saved {saved}; to go on: {again}')
+elif not finished:
+    checks.complain(f'{bad_now} updates in a row had a gradient that is not finite; the weights before them are in {saved}',
+                    'try a lower --learning_rate, a smaller --grad_clip, a longer --warmup_iters, or --dtype=bfloat16 for float16')
 if wandb_run:
     never_fatal(wandb_run.finish)
 distributed.shutdown(status)

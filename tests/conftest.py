@@ -109,13 +109,18 @@ def run(*command, ok=True, cwd=ROOT, **env):
     return judged(subprocess.CompletedProcess(command, process.returncode, out, err), ok)
 
 
-def run_ranks(processes, *command, cwd=ROOT):
-    """Runs a script in that many processes, with the variables that torchrun sets; stdout of each."""
+def start_ranks(processes, *command, cwd=ROOT, threads=1):
+    """Starts a script in that many processes, with the variables and the threads that torchrun gives them."""
     with socket.socket() as s:
         s.bind(('localhost', 0))
         port = str(s.getsockname()[1])
-    started = [Process(*command, cwd=cwd, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR='localhost', MASTER_PORT=port,
-                       OMP_NUM_THREADS='1') for rank in range(processes)]
+    return [Process(*command, cwd=cwd, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR='localhost', MASTER_PORT=port,
+                    OMP_NUM_THREADS=str(threads)) for rank in range(processes)]
+
+
+def run_ranks(processes, *command, cwd=ROOT, threads=1):
+    """Runs a script in that many processes; stdout of each."""
+    started = start_ranks(processes, *command, cwd=cwd, threads=threads)
     written = [process.communicate() for process in started]
     assert not any(process.returncode for process in started), written
     return [out for out, _ in written]
@@ -154,6 +159,11 @@ def torchrun(processes, *command, cwd=ROOT, **env):
                             cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, encoding='utf-8', timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     return result
+
+
+def files(folder):
+    """The names in a run's folder, but for the lock."""
+    return sorted(name for name in os.listdir(folder) if name != '.lock')
 
 
 def equal_states(a, b):

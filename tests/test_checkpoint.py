@@ -67,7 +67,7 @@ def test_nanogpt_checkpoint_resumes_and_samples(facts, shakespeare_data, tmp_pat
 def test_our_checkpoints_have_what_nanogpt_reads(trained):
     ours = torch.load(os.path.join(trained, 'ckpt.pt'), weights_only=True)
     theirs = torch.load(os.path.join(NANOGPT, 'ckpt.pt'), weights_only=True)
-    assert set(ours) - {'meta'} == set(theirs) and set(ours['model_args']) == set(theirs['model_args'])
+    assert set(ours) - {'meta', 'finished'} == set(theirs) and set(ours['model_args']) == set(theirs['model_args'])
     model = GPT(GPTConfig(**ours['model_args']))
     assert {k: v.shape for k, v in ours['model'].items()} == {k: v.shape for k, v in model.state_dict().items()}
     assert set(ours['config']) >= set(theirs['config'])
@@ -109,7 +109,7 @@ def test_newest_to_resume_best_to_sample(tmp_path, capsys):
     (tmp_path / 'ckpt.pt').unlink()
     assert checkpoint.load_best(out_dir)[1].endswith('ckpt_last.pt')
     checkpoint.save(tiny_state(10), out_dir, best=True)
-    assert os.listdir(out_dir) == ['ckpt.pt']  # the older one is gone, and nothing is left aside
+    assert sorted(os.listdir(out_dir)) == ['ckpt.pt', 'ckpt_last.pt'] and checkpoint.load_newest(out_dir)[0]['iter_num'] == 10
     # a damaged file is named and the other one taken
     checkpoint.save(tiny_state(12), out_dir, best=False)
     content = bytearray((tmp_path / 'ckpt_last.pt').read_bytes())

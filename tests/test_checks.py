@@ -1,7 +1,6 @@
 """Checks that no script's test reaches on its own."""
 import os
 import platform
-import resource
 import subprocess
 import sys
 
@@ -27,7 +26,7 @@ def test_only_rank_0_speaks(capsys, monkeypatch):
         checks.fail('no')
     assert capsys.readouterr().err == ''
     with pytest.raises(SystemExit):  # unless the mistake may be this rank's alone
-        checks.fail('no', 'do', this_rank=True)
+        checks.fail('no', 'do', who='rank')
     assert capsys.readouterr().err == 'error: rank 1: no; do\n'
 
 
@@ -128,7 +127,7 @@ def test_freed_memory_is_kept():
         steps()  # the heap finds its size
         print(first, steps())"""
     first, kept = map(int, subprocess.run([sys.executable, '-c', code], cwd=checks.REPO, capture_output=True, text=True, check=True).stdout.split())
-    assert kept < first / 10 and first > 19 * 2 ** 26 / resource.getpagesize()
+    assert kept < first / 10 and first > 19 * 2 ** 26 / os.sysconf('SC_PAGESIZE')
 
 
 def test_free_memory_is_known_on_linux():

@@ -111,6 +111,12 @@ def test_mistakes_in_files(tmp_path, text, words):
     assert words in mistake(tmp_path, 'c.py', c=text)
 
 
+def test_files_that_are_no_text(tmp_path):
+    for content in (b'x = "\xff\xfe"', b'x = 1\x00'):
+        (tmp_path / 'c.py').write_bytes(content)
+        assert 'c.py' in mistake(tmp_path, 'c.py')
+
+
 def test_all_mistakes_are_told_at_once(tmp_path):
     said = mistake(tmp_path, 'c.py', '--total=x', '--nothing=1', c='batchsize = 8')
     assert 'batchsize' in said and '--total' in said and '--nothing' in said

@@ -38,3 +38,14 @@ def test_too_many_bad_gradients_end_all_ranks_and_the_state_is_whole(char_data, 
                  f'--out_dir={tmp_path}')
     assert str(error.value).count('error: 3 updates in a row had a gradient that is not finite') == 1 and 'train.py", line' not in str(error.value)
     assert all(w.isfinite().all() for w in checkpoint.load(str(tmp_path / 'ckpt_last.pt'))['model'].values())
+
+
+def test_restarts_that_would_begin_again_are_refused(char_data, tmp_path):
+    out = run('train.py', *TINY, f'--dataset={char_data}', '--out_dir=out', ok=False, cwd=tmp_path, TORCHELASTIC_MAX_RESTARTS='3')
+    assert '--init_from=auto' in out.stderr
+
+
+def test_what_every_rank_finds_is_said_once(char_data, tmp_path):
+    with pytest.raises(AssertionError) as error:
+        torchrun(2, 'train.py', *TINY, f'--dataset={char_data}', f'--out_dir={tmp_path / "out"}', '--init_from=resume')
+    assert str(error.value).count('no checkpoint that can be read') == 1

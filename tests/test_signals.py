@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, TINY, Process, equal_states, metrics, run, run_ranks
+from conftest import ROOT, TINY, Process, equal_states, files, metrics, run, run_ranks, start_ranks
 
 import checkpoint
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(os.name != 'posix', reason='signals as POSIX has
 
 
 def wait_until(condition, process):
-    end = time.monotonic() + 120
+    end = time.monotonic() + 60
     while not condition():
         assert process.poll() is None and time.monotonic() < end, process.written()
         time.sleep(0.005)
@@ -29,12 +29,6 @@ def has_iterations(out_dir, n):
         except OSError:  # not there yet
             return False
     return condition
-
-
-def catches(pid, number):
-    """Whether the process has a handler for this signal."""
-    with open(f'/proc/{pid}/status') as f:
-        return next(int(line.split()[1], 16) for line in f if line.startswith('SigCgt')) >> (number - 1) & 1
 
 
 @pytest.fixture(scope='module')
@@ -64,14 +58,30 @@ def test_a_signal_ends_the_run_and_nothing_is_lost(args, whole, tmp_path, name):
     assert equal_states(tmp_path / 'run' / 'ckpt.pt', whole)
 
 
-def test_a_second_signal_ends_it_at_once(args, tmp_path):
-    process = Process('train.py', *args, '--eval_iters=1000000', '--out_dir=run', cwd=tmp_path)  # an evaluation without end
-    wait_until(lambda: catches(process.pid, signal.SIGTERM), process)
+def test_an_evaluation_is_cut_off(args, tmp_path):
+    process = Process('train.py', *args, '--max_iters=5', '--out_dir=run', cwd=tmp_path)
+    assert process.wait() == 0
+    process = Process('train.py', *args, '--max_iters=10', '--eval_iters=1000000', '--init_from=auto', '--out_dir=run', cwd=tmp_path)
+    wait_until(has_iterations(tmp_path / 'run', 10), process)  # the last one: an evaluation without end follows
     process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+    assert checkpoint.load_newest(str(tmp_path / 'run'))[0]['iter_num'] == 10
+    out = run('train.py', *args, '--max_iters=10', '--init_from=auto', f'--out_dir={tmp_path / "run"}').stdout  # which is made up for
+    assert 'step 10: train loss' in out and files(tmp_path / 'run') == ['ckpt.pt', 'metrics.jsonl']
+    assert 'is finished' in run('train.py', *args, '--max_iters=10', '--init_from=auto', f'--out_dir={tmp_path / "run"}').stdout
+
+
+def test_a_second_signal_ends_it_at_once_even_while_it_waits_for_another_rank(args, tmp_path):
+    waiting, hanging = start_ranks(2, 'train.py', *args, '--max_iters=1000000', '--out_dir=run', cwd=tmp_path)
+    wait_until(has_iterations(tmp_path / 'run', 5), waiting)
+    hanging.send_signal(signal.SIGSTOP)
+    waiting.send_signal(signal.SIGTERM)
     time.sleep(3.5)  # the stated 3 seconds
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 143 and os.listdir(tmp_path / 'run') == ['metrics.jsonl']
+    assert waiting.poll() is None
+    waiting.send_signal(signal.SIGTERM)
+    assert waiting.wait(timeout=10) == 143
+    hanging.send_signal(signal.SIGKILL)
+    hanging.wait()
 
 
 def test_sigusr1_saves_and_goes_on(args, tmp_path):
@@ -102,7 +112,7 @@ def test_all_ranks_stop_in_the_same_iteration(args, tmp_path):
     args = [*args, '--max_iters=300', '--out_dir=run']
     process = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', os.path.join(ROOT, 'train.py'), *args],
                                cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + 120
+    end = time.monotonic() + 60
     while not has_iterations(tmp_path / 'run', 5)():
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.005)

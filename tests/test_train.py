@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, functions_of, metrics, run, run_here
+from conftest import ROOT, TINY, files, functions_of, metrics, run, run_here
 
 import checkpoint
 import model
@@ -94,10 +94,10 @@ def test_max_iters_0_evaluates_saves_and_exits(char_data, tmp_path):
 def test_eval_only_evaluates_and_writes_nothing(trained, char_data, tmp_path):
     out = run('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={tmp_path / "none"}', '--eval_only').stdout
     assert 'step 0: train loss' in out and not (tmp_path / 'none').exists()
-    before = sorted(os.listdir(trained))
+    before = files(trained)
     out = run('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={trained}', '--eval_only', '--init_from=resume', '--max_iters=60').stdout
     val = metrics(trained, 'eval')[-1]['val/loss']
-    assert f'val loss {val:.4f}' in out and sorted(os.listdir(trained)) == before  # the fixed batches give the same loss
+    assert f'val loss {val:.4f}' in out and files(trained) == before  # the fixed batches give the same loss
 
 
 def test_a_finished_run_says_so(trained, char_data):
@@ -158,8 +158,8 @@ def test_another_run_from_scratch_keeps_the_earlier_one(char_data, tmp_path):
     args = [*TINY, f'--dataset={char_data}', f'--out_dir={tmp_path}']
     run('train.py', *args, '--max_iters=2')
     out = run('train.py', *args, '--max_iters=1').stdout
-    assert 'held another run' in out and sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'metrics.jsonl', 'previous']
-    assert sorted(os.listdir(tmp_path / 'previous')) == ['ckpt.pt', 'metrics.jsonl']
+    assert 'held another run' in out and files(tmp_path) == ['ckpt.pt', 'metrics.jsonl', 'previous']
+    assert files(tmp_path / 'previous') == ['ckpt.pt', 'metrics.jsonl']
     assert torch.load(tmp_path / 'previous' / 'ckpt.pt', weights_only=True)['iter_num'] == 2
     assert len(metrics(tmp_path, 'run')) == 1
     (tmp_path / 'ckpt.pt').unlink()  # a run that ended before its first save doesn't take the place of one that was saved
@@ -315,13 +315,31 @@ def test_what_is_not_finite_never_reaches_the_weights(char_data, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, 'step', left_out)
         run_here('train.py', *args, f'--out_dir={tmp_path / "left_out"}')
-    assert calls == {'forward': 12, 'step': 6} and 'iter 3: the gradient is not finite; skipped the last 1 updates in a row' in err
+    assert calls == {'forward': 12, 'step': 6} and 'iter 3: skipped updates, as their gradient was not finite: 1 in a row, 1 in all' in err
     a, b = (torch.load(tmp_path / name / 'ckpt.pt', weights_only=True) for name in ('poisoned', 'left_out'))
     assert all(torch.equal(a['model'][k], b['model'][k]) for k in a['model'])
     for i, state in a['optimizer']['state'].items():
         assert all(torch.equal(state[k], b['optimizer']['state'][i][k]) for k in state) and state['step'] == 5
     lines = metrics(tmp_path / 'poisoned', 'iter')
     assert [e['bad_steps'] for e in lines] == [0, 0, 0, 1, 0, 0] and lines[3]['grad_norm'] is None and lines[4]['grad_norm'] > 0
+
+
+def test_skipped_updates_between_two_lines_count(char_data, tmp_path, monkeypatch):
+    forward, calls = model.GPT.forward, []
+
+    def poisoned(self, *args, **kwargs):
+        logits, loss = forward(self, *args, **kwargs)
+        calls.append(self.training)
+        return logits, loss * math.inf if self.training and 3 * 2 < sum(calls) <= 6 * 2 else loss  # iterations 3, 4 and 5, of two micro-steps
+
+    monkeypatch.setattr(model.GPT, 'forward', poisoned)
+    args = [*TINY, f'--dataset={char_data}', '--max_iters=30', '--log_interval=10', '--eval_interval=100']
+    err = run_here('train.py', *args, '--max_bad_steps=4', f'--out_dir={tmp_path / "passes"}').stderr
+    assert 'iter 10: skipped updates, as their gradient was not finite: 3 in a row, 3 in all' in err
+    assert [(e['bad_steps'], e['skipped']) for e in metrics(tmp_path / 'passes', 'iter')] == [(0, 0), (3, 3), (0, 3)]
+    calls.clear()
+    out = run_here('train.py', *args, '--max_bad_steps=3', f'--out_dir={tmp_path / "stops"}', ok=None)
+    assert out.returncode == 1 and out.stderr.splitlines()[-1].startswith('error: 3 updates in a row')
 
 
 def test_too_many_bad_gradients_end_the_run(char_data, tmp_path):

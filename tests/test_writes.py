@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Process, metrics, run
+from conftest import ROOT, TINY, Process, files, metrics, run
 
 import checkpoint
 import checks
@@ -36,7 +36,8 @@ def can_mount():
 @pytest.mark.parametrize('mount, break_it, mend_it, said', [
     (TMPFS, 'cat /dev/zero > run/filler', 'rm run/filler', 'could not be saved in run (.Errno 28. No space left on device)'),
     (TMPFS, 'cat /dev/zero > run/filler', '', 'could not be saved in run (.Errno 28. No space left on device)'),
-    (TMPFS, 'until mount -o remount,ro run; do :; done', 'mount -o remount,rw run', 'could not be saved in run (.Errno 30. Read-only file system'),
+    (TMPFS, 'mount --bind run run; mount -o remount,bind,ro run', 'until umount run; do :; done',
+     'could not be saved in run (.Errno 30. Read-only file system'),
     ('true', 'mv run gone', 'true', 'run is gone; making it again'),
 ], ids=['full and freed', 'full', 'read-only for a while', 'vanished'])
 def test_a_run_goes_on_when_it_cannot_write(char_data, tmp_path, mount, break_it, mend_it, said):
@@ -63,11 +64,17 @@ def test_a_limit_on_files_ends_in_status_1(char_data, tmp_path):
     assert out.returncode == 1 and out.stderr.splitlines() == [
         'warning: ckpt.pt could not be saved in run ([Errno 27] File too large); the run goes on, and tries again at the next save',
         'error: the state after 3 iterations could not be saved in run; what was saved before is still there']
-    assert os.listdir(tmp_path / 'run') == ['metrics.jsonl'] and len(metrics(tmp_path / 'run', 'iter')) == 3
+    assert files(tmp_path / 'run') == ['metrics.jsonl'] and len(metrics(tmp_path / 'run', 'iter')) == 3
 
 
 def state(iter_num, size=10):
     return dict(model={'w': torch.full((size,), float(iter_num))}, iter_num=iter_num)
+
+
+def begun(path):
+    run_dir = checkpoint.RunDir(str(path))
+    run_dir.begin(fresh=False)
+    return run_dir
 
 
 def read(path):
@@ -75,7 +82,7 @@ def read(path):
 
 
 def test_what_could_not_be_saved_is_saved_with_the_next(tmp_path, capsys):
-    run_dir = checkpoint.RunDir(str(tmp_path / 'run'))
+    run_dir = begun(tmp_path / 'run')
     run_dir.save(state(1), best=True)
     run_dir.wait()
     shutil.move(tmp_path / 'run', tmp_path / 'aside')
@@ -90,8 +97,62 @@ def test_what_could_not_be_saved_is_saved_with_the_next(tmp_path, capsys):
     assert read(tmp_path / 'run' / 'ckpt.pt') == 2 and read(tmp_path / 'run' / 'ckpt_last.pt') == 3
 
 
+def test_a_newer_ckpt_removes_ckpt_last(tmp_path):
+    run_dir = begun(tmp_path)
+    for iter_num, best in ((1, True), (2, False), (3, True)):
+        run_dir.save(state(iter_num), best)
+    assert run_dir.close() == str(tmp_path / 'ckpt.pt') and files(tmp_path) == ['ckpt.pt', 'metrics.jsonl'] and read(tmp_path / 'ckpt.pt') == 3
+
+
+def test_what_is_tried_again_does_not_cost_what_is_newer(tmp_path, monkeypatch):
+    fails, really = set(), checkpoint.save
+
+    def save(state, out_dir, best):
+        if state['iter_num'] in fails:
+            raise OSError(28, 'No space left on device')
+        return really(state, out_dir, best)
+
+    monkeypatch.setattr(checkpoint, 'save', save)
+    run_dir = begun(tmp_path)
+    for iter_num, best, failing in ((500, True, {}), (1000, True, {1000}), (1500, False, {1000}), (2000, False, {2000})):
+        fails = set(failing)
+        run_dir.save(state(iter_num), best)
+        run_dir.wait()
+    assert read(tmp_path / 'ckpt.pt') == 1000 and read(tmp_path / 'ckpt_last.pt') == 1500
+    assert run_dir.close() is None
+
+
+def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch):
+    sync = os.fsync
+    monkeypatch.setattr(os, 'fsync', lambda number: sync(number) if not os.path.isdir(f'/proc/self/fd/{number}') else os.close(-1))
+    run_dir = begun(tmp_path)
+    run_dir.save(state(1), best=True)
+    assert run_dir.close() == str(tmp_path / 'ckpt.pt') and read(tmp_path / 'ckpt.pt') == 1
+
+
+@pytest.mark.parametrize('moves', range(4))
+def test_putting_aside_survives_a_crash(tmp_path, monkeypatch, moves):
+    run_dir = begun(tmp_path)
+    for iter_num, best in ((1, True), (2, False)):
+        run_dir.save(state(iter_num), best)
+    run_dir.close()
+    move, count = os.replace, []
+
+    def crash(a, b):
+        if len(count) == moves:
+            raise KeyboardInterrupt
+        count.append(a)
+        move(a, b)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, 'replace', crash)
+        checkpoint.put_aside(str(tmp_path))
+    assert checkpoint.put_aside(str(tmp_path)) and files(tmp_path) == ['previous']
+    assert read(tmp_path / 'previous' / 'ckpt.pt') == 1 and read(tmp_path / 'previous' / 'ckpt_last.pt') == 2
+
+
 def test_a_save_is_a_copy_of_the_moment_and_tied_tensors_stay_one(tmp_path):
-    run_dir = checkpoint.RunDir(str(tmp_path))
+    run_dir = begun(tmp_path)
     w = torch.ones(3_000_000)
     run_dir.save(dict(model={'a': w, 'b': w.detach()}, optimizer={'state': {0: {'step': torch.tensor(1.0)}}}, iter_num=1), best=True)
     w.zero_()  # the training goes on while it is written
@@ -105,7 +166,7 @@ def test_half_written_files_are_cleared_away(char_data, tmp_path):
     for name in ('ckpt.pt.tmp', 'ckpt_last.pt.tmp'):
         (tmp_path / name).write_bytes(b'half')
     run('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={tmp_path}', '--max_iters=1')
-    assert sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'metrics.jsonl']
+    assert files(tmp_path) == ['ckpt.pt', 'metrics.jsonl']
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='flock')
@@ -117,10 +178,23 @@ def test_one_folder_takes_one_run(char_data, tmp_path):
         time.sleep(0.01)
     second = run('train.py', *args, ok=False)
     assert f'another run is writing to {tmp_path / "run"}' in second.stderr
-    assert len(metrics(tmp_path / 'run', 'run')) == 1 and os.listdir(tmp_path / 'run') == ['metrics.jsonl']
+    assert len(metrics(tmp_path / 'run', 'run')) == 1 and files(tmp_path / 'run') == ['metrics.jsonl']
     first.send_signal(signal.SIGKILL)  # the refusal ends with the process, however it ends
     first.wait()
     assert 'iter 0: loss' in run('train.py', *args, '--max_iters=1').stdout
+
+
+def test_the_folder_is_held_before_it_is_read(char_data, tmp_path):
+    args = [*TINY, f'--dataset={char_data}', f'--out_dir={tmp_path / "run"}', '--max_iters=1000000', '--eval_interval=50', '--init_from=auto']
+    first = Process('train.py', *args)
+    while not (tmp_path / 'run' / 'ckpt.pt').exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    (tmp_path / 'run' / 'ckpt.pt').rename(tmp_path / 'aside.pt')  # what a reader would stumble over
+    out = run('train.py', *args, ok=False)
+    assert 'another run is writing to' in out.stderr
+    first.send_signal(signal.SIGKILL)
+    first.wait()
 
 
 def test_a_terminal_that_is_gone_does_not_end_a_run(char_data, tmp_path):
@@ -128,6 +202,7 @@ def test_a_terminal_that_is_gone_does_not_end_a_run(char_data, tmp_path):
     with open('/dev/full', 'w') as full:  # every write fails: no space left on device
         process = subprocess.run([sys.executable, os.path.join(ROOT, 'train.py'), *args], stdout=full, stderr=subprocess.PIPE, text=True)
     assert checkpoint.load(str(tmp_path / 'run' / 'ckpt.pt'))['iter_num'] == 30 and 'Traceback' not in process.stderr, process.stderr
+    assert process.returncode in (0, 120)  # Python's own word for an output that could not be written
 
 
 def test_out_of_memory_names_pairs_that_keep_the_batch(char_data, tmp_path):
@@ -148,11 +223,11 @@ def test_a_run_that_may_not_fit_is_warned_of(char_data, tmp_path, capsys):
 
 
 def test_slow_saves_are_warned_of_under_torchrun(tmp_path, monkeypatch, capsys):
-    run_dir = checkpoint.RunDir(str(tmp_path))
+    run_dir = begun(tmp_path)
     run_dir.warn_of_slow_saves(2 ** 60)  # nobody waits for us
     monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'x')
     run_dir.warn_of_slow_saves(2 ** 20)
     assert not capsys.readouterr().err
     run_dir.warn_of_slow_saves(2 ** 60)
     assert re.search(r'a save writes 1073741824.0 GiB, in about \d+ s here, but torchrun kills 30 s after SIGTERM', capsys.readouterr().err)
-    assert os.listdir(tmp_path) == ['metrics.jsonl']
+    assert files(tmp_path) == ['metrics.jsonl']
