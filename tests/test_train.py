@@ -264,15 +264,15 @@ def test_resume_with_a_shorter_context(trained, char_data, tmp_path):
 def test_data_of_another_vocabulary_is_refused(trained, char_data, tmp_path):
     (tmp_path / 'other.txt').write_text('abcdefghij' * 100)
     run_here('data/text/prepare.py', f'--input={tmp_path / "other.txt"}', f'--out_dir={tmp_path / "other"}')
-    out = run_here('train.py', *TINY, f'--dataset={tmp_path / "other"}', f'--out_dir={trained}', '--init_from=resume', '--max_iters=70', ok=False)
+    out = run('train.py', *TINY, f'--dataset={tmp_path / "other"}', f'--out_dir={trained}', '--init_from=resume', '--max_iters=70', ok=False)
     assert 'another dataset' in out.stderr
     # no table beside the data: then they would be GPT-2's BPE
     shutil.copytree(char_data, tmp_path / 'bare')
     (tmp_path / 'bare' / 'meta.pkl').unlink()
-    out = run_here('train.py', *TINY, f'--dataset={tmp_path / "bare"}', f'--out_dir={trained}', '--init_from=resume', '--max_iters=70', ok=False)
+    out = run('train.py', *TINY, f'--dataset={tmp_path / "bare"}', f'--out_dir={trained}', '--init_from=resume', '--max_iters=70', ok=False)
     assert f'{tmp_path / "bare"} has no meta.pkl' in out.stderr and os.path.join(trained, 'ckpt.pt') in out.stderr and '--dataset' in out.stderr
     (tmp_path / 'bare' / 'meta.pkl').write_bytes(b'unreadable')
-    out = run_here('train.py', *TINY, f'--dataset={tmp_path / "bare"}', f'--out_dir={trained}', '--init_from=resume', '--max_iters=70', ok=False)
+    out = run('train.py', *TINY, f'--dataset={tmp_path / "bare"}', f'--out_dir={trained}', '--init_from=resume', '--max_iters=70', ok=False)
     assert f'{tmp_path / "bare" / "meta.pkl"} is not a readable table' in out.stderr and 'prepare the dataset again' in out.stderr
     # ids that the vocabulary doesn't have: at an end of the file before the first step, in its middle with the batch
     for where, started in ((0, False), (5000, True)):
