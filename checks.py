@@ -6,6 +6,7 @@ Every check ends in fail(): one line that says what is wrong, with the values, a
 import ast
 import ctypes
 import importlib.util
+import mmap
 import os
 import re
 import sys
@@ -207,18 +208,20 @@ def find_data(dataset):
          f'python {shown(os.path.join(REPO, "train.py"))} config/train_python_char.py')
 
 
-def open_bin(path, block_size, vocab_size):
-    """The token ids of a .bin file as a read-only memmap of uint16, shape (tokens,); fails if it can't be trained on.
+def open_bin(path, block_size, vocab_size, dtype='uint16'):
+    """The token ids of a .bin file as a read-only memmap of uint16 or uint32, shape (tokens,); fails if it can't be trained on.
 
     Only its head and tail are read here; train.py looks at the ids of every batch it takes.
     """
     remedy = f'prepare the dataset in {os.path.dirname(path)} again'
-    size = os.path.getsize(path)
-    if size % 2:
-        fail(f'{path} has {size} bytes, an odd number: it is no uint16 file or was cut short', remedy)
-    if size // 2 < block_size + 1:
-        fail(f'{path} has {size // 2} tokens, fewer than block_size + 1 = {block_size + 1}', 'set a smaller --block_size')
-    tokens = np.memmap(path, dtype='<u2', mode='r')
+    size, width = os.path.getsize(path), np.dtype(dtype).itemsize
+    if size % width:
+        fail(f'{path} has {size} bytes, not a multiple of {width}: it is no {dtype} file or was cut short', remedy)
+    if size // width < block_size + 1:
+        fail(f'{path} has {size // width} tokens, fewer than block_size + 1 = {block_size + 1}', 'set a smaller --block_size')
+    tokens = np.memmap(path, dtype=np.dtype(dtype).newbyteorder('<'), mode='r')
+    if hasattr(tokens._mmap, 'madvise'):
+        tokens._mmap.madvise(mmap.MADV_RANDOM)  # a row is a few kB anywhere: reading ahead would fetch 128 for each
     check_ids(np.concatenate((tokens[:4096], tokens[-4096:])), vocab_size, path, who='node')
     return tokens
 

@@ -78,8 +78,9 @@ PLAIN = set("""PROTO FRAME MARK STOP NONE NEWTRUE NEWFALSE INT BININT BININT1 BI
 
 def check_meta(meta):
     """ValueError unless this is a dict with vocab_size and, if any, tables stoi and itos that fit it and each other."""
-    if not isinstance(meta, dict) or type(meta.get('vocab_size')) is not int or not 1 <= meta['vocab_size'] <= 2 ** 16:
-        raise ValueError('it has no vocab_size from 1 to 65,536')
+    most = {'uint16': 2 ** 16, 'uint32': 2 ** 24}.get(meta.get('dtype', 'uint16') if isinstance(meta, dict) else None, 0)
+    if not most or type(meta.get('vocab_size')) is not int or not 1 <= meta['vocab_size'] <= most:
+        raise ValueError('it has no vocab_size from 1 to 65,536, or with a dtype of uint32 to 16,777,216')
     if 'stoi' in meta or 'itos' in meta:
         stoi, itos = meta.get('stoi'), meta.get('itos')
         itos = dict(enumerate(itos)) if isinstance(itos, list) else itos
@@ -91,7 +92,7 @@ def check_meta(meta):
 
 
 def read_meta(data_dir):
-    """meta.pkl of a dataset as {'vocab_size', 'itos', 'stoi'}; None if there is none, which means GPT-2's BPE.
+    """meta.pkl of a dataset as {'vocab_size', 'itos', 'stoi'}, with 'dtype' if its bins aren't uint16; None, if there is none, means GPT-2's BPE.
 
     Training needs only vocab_size of it. Nothing in the file is executed; a file that is no such table fails.
     """
@@ -100,7 +101,7 @@ def read_meta(data_dir):
         return None
     try:
         with open(path, 'rb') as f:
-            data = f.read(2 ** 24)  # one of 65,536 characters has less than 2 MB
+            data = f.read(2 ** 28)  # one of 65,536 characters has less than 2 MB
         for op, arg, _ in pickletools.genops(data):
             if op.name not in PLAIN:
                 raise ValueError(f'it asks for {op.name} {arg or ""}, and data needs no code'.replace(' ,', ','))

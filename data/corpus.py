@@ -68,23 +68,16 @@ def write_aside(path, content):
 def char_table(text):
     """meta.pkl's tables for a text: one id per character it has, in the order of their code points."""
     chars = sorted(set(text))
-    return {'vocab_size': len(chars), 'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}}
+    wide = {'dtype': 'uint32'} if len(chars) > 2 ** 16 else {}  # of the bins; without it they are uint16
+    return {'vocab_size': len(chars), 'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}, **wide}
 
 
 def encode_chars(text, meta):
-    """The text's ids, an array of uint16."""
+    """The text's ids, an array of whole numbers."""
     codes = np.frombuffer(text.encode('utf-32-le'), dtype=np.uint32)  # a code point each
     table = np.zeros(max(map(ord, meta['stoi'])) + 1, dtype=np.int64)
     table[[ord(c) for c in meta['stoi']]] = list(meta['stoi'].values())
-    return to_uint16(table[codes])
-
-
-def to_uint16(ids):
-    """The ids as an array of uint16; fails rather than wrap around."""
-    ids = np.asarray(ids)
-    if len(ids) and ids.max() >= 2 ** 16:
-        fail(f'token id {ids.max()} does not fit in uint16', 'a .bin file holds at most 65,536 different tokens')
-    return ids.astype('<u2')
+    return table[codes]
 
 
 def write_splits(folder, train_ids, val_ids, meta, started):
@@ -98,8 +91,9 @@ def write_splits(folder, train_ids, val_ids, meta, started):
     elif os.path.exists(meta_path):
         os.remove(meta_path)  # of a character dataset that was here before
     for split, ids in (('train', train_ids), ('val', val_ids)):
-        write_aside(os.path.join(folder, f'{split}.bin'), to_uint16(ids).tobytes())
-        print(f'{split}.bin: {len(ids):,} tokens, {2 * len(ids):,} bytes')
+        content = np.asarray(ids).astype('<u4' if (meta or {}).get('dtype') == 'uint32' else '<u2').tobytes()
+        write_aside(os.path.join(folder, f'{split}.bin'), content)
+        print(f'{split}.bin: {len(ids):,} tokens, {len(content):,} bytes')
     if meta:
         print(f'vocabulary: {meta["vocab_size"]} characters: {"".join(meta["stoi"])!r}')
     else:

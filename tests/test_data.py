@@ -9,7 +9,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import ROOT, run, run_here
+from conftest import ROOT, TINY, run, run_here
 
 
 def sums(folder):
@@ -165,14 +165,17 @@ def test_mistakes(tmp_path, args, words):
     assert not os.path.exists(os.path.join(ROOT, 'data', 'x'))
 
 
-def test_more_characters_than_uint16_holds(tmp_path, capsys):
-    import sys
-    sys.path.insert(0, os.path.join(ROOT, 'data'))
-    import corpus
-    assert corpus.to_uint16([0, 65535]).tolist() == [0, 65535]
-    with pytest.raises(SystemExit):
-        corpus.to_uint16([0, 65536])
-    assert 'does not fit in uint16' in capsys.readouterr().err
+def test_more_characters_than_uint16_holds(tmp_path):
+    chars = [chr(c) for c in range(32, 0x11000) if not 0xd800 <= c < 0xe000]
+    (tmp_path / 'all.txt').write_text(''.join(chars * 2), encoding='utf-8')
+    out = run_here('data/text/prepare.py', f'--input={tmp_path / "all.txt"}', f'--out_dir={tmp_path / "all"}').stdout
+    meta = pickle.loads((tmp_path / 'all' / 'meta.pkl').read_bytes())
+    assert meta['dtype'] == 'uint32' and meta['vocab_size'] > 2 ** 16 and '486,372 bytes' in out
+    ids = np.fromfile(tmp_path / 'all' / 'train.bin', dtype='<u4')
+    assert ids.max() == meta['vocab_size'] - 1 and ''.join(meta['itos'][i] for i in ids[:1000]) == ''.join(c for c in chars if c in meta['stoi'])[:1000]
+    args = [*TINY, f'--dataset={tmp_path / "all"}', f'--out_dir={tmp_path / "out"}', '--max_iters=1']
+    assert 'iter 0: loss 11.' in run_here('train.py', *args).stdout  # ln of the vocabulary
+    assert len(run_here('sample.py', f'--out_dir={tmp_path / "out"}', '--num_samples=1', '--max_new_tokens=5', '--start=a').stdout) > 20
 
 
 class Server(http.server.BaseHTTPRequestHandler):
