@@ -5,7 +5,6 @@ A run keeps its state in out_dir: ckpt.pt by nanoGPT's rule (at every evaluation
 ckpt_last.pt whenever the newest state isn't in ckpt.pt.
 """
 import contextlib
-import copy
 import errno
 import json
 import os
@@ -19,6 +18,7 @@ import zipfile
 import torch
 
 from checks import fail, first_line, say, warn
+from distributed import like, whole
 from model import GPT, GPTConfig
 from tokenizer import check_meta
 
@@ -87,12 +87,12 @@ class RunDir:
             self.logs = False
 
     def save(self, state, best):
-        """Writes the state to ckpt.pt (best) or ckpt_last.pt, once the save before is done; returns when it is copied."""
+        """Has a thread write the state to ckpt.pt (best) or ckpt_last.pt, once the save before is done; it must not change any more."""
         self.wait()
         self.newest = BEST if best else LAST
         if best:
             self.unsaved.pop(LAST, None)  # older
-        self.unsaved[self.newest] = to_memory(state, {})
+        self.unsaved[self.newest] = state
         self.thread = threading.Thread(target=self._write)
         self.thread.start()
 
@@ -149,16 +149,21 @@ class RunDir:
                  f'set TORCH_ELASTIC_SHUTDOWN_TIMEOUT={4 * seconds:.0f}, or a --save_interval that you can afford to lose')
 
 
-def to_memory(value, copies):
-    """A copy in the CPU's memory of tensors in containers; tensors that are one (tied weights) stay one."""
+def to_memory(value, keep=True, copies=None):
+    """A copy in the CPU's memory of the tensors in containers; what is one tensor (tied weights) stays one.
+
+    What is spread over the ranks is put together, a tensor at a time, so all ranks must call; those that don't keep it
+    get None for each.
+    """
+    copies = {} if copies is None else copies
     if isinstance(value, torch.Tensor):
-        key = value.device, value.data_ptr(), value.shape, value.stride()
-        if key not in copies:
-            copies[key] = value.detach().to('cpu', copy=True)
-        return copies[key]
+        if id(value) not in copies:
+            tensor = whole(value.detach())
+            copies[id(value)] = tensor.to('cpu', copy=True) if keep else None
+        return copies[id(value)]
     if isinstance(value, dict):
-        return {k: to_memory(v, copies) for k, v in value.items()}
-    return [to_memory(v, copies) for v in value] if isinstance(value, list) else value
+        return {k: to_memory(v, keep, copies) for k, v in value.items()}
+    return [to_memory(v, keep, copies) for v in value] if isinstance(value, list) else value
 
 
 def save(state, out_dir, best=True):
@@ -325,9 +330,9 @@ def _first_readable(out_dir, newest):
     return max(found, key=lambda pair: pair[0]['iter_num'])
 
 
-def build_model(state, dropout=0.0):
+def build_model(state, dropout=0.0, dtype=torch.float32):
     """The GPT of a checkpoint that load() has read; the weights are copied out of the file, which may change or go."""
-    weights = {name: tensor.to(torch.float32, copy=True) for name, tensor in state['model'].items()}
+    weights = {name: tensor.to(dtype, copy=True) for name, tensor in state['model'].items()}
     weights['lm_head.weight'] = weights['transformer.wte.weight']  # one tensor under two names
     return GPT.from_state_dict(GPTConfig(**{**state['model_args'], 'dropout': dropout, 'gelu': state.get('gelu', 'none')}), weights)
 
@@ -340,13 +345,16 @@ def load_optimizer(optimizer, state, path):
     """
     if state is None:
         fail(f'{path} has no optimizer state', 'it can be sampled from, but not resumed')
+    params = [p for group in optimizer.param_groups for p in group['params']]
+    moments = {}
     try:
         groups = [{**ours, 'params': theirs['params'], 'weight_decay': float(theirs['weight_decay']), 'betas': tuple(map(float, theirs['betas']))}
                   for theirs, ours in zip(state['param_groups'], optimizer.param_groups, strict=True)]
-        optimizer.load_state_dict(copy.deepcopy(dict(state=state['state'], param_groups=groups)))  # the file may change or go
-        for p, moments in optimizer.state.items():
-            moments.update({k: m[:len(p)].clone() for k, m in moments.items() if m.dim() and m.shape != p.shape})
-            if {k: m.shape for k, m in moments.items()} != dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape):
+        for i, p in enumerate(params if state['state'] else []):  # none before the first update
+            moments[i] = {k: m[:len(p)] if m.dim() else m for k, m in state['state'][i].items()}
+            if {k: m.shape for k, m in moments[i].items()} != dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape):
                 raise ValueError(f'it has other moments for a weight of shape {(*p.shape,)}')
+            moments[i] = {k: like(m.clone(), p) if m.dim() else m.clone() for k, m in moments[i].items()}  # the file may change or go
+        optimizer.load_state_dict(dict(state=moments, param_groups=groups))
     except Exception as e:  # it may hold anything
         fail(f'the optimizer state in {path} does not fit its weights ({first_line(e)})', 'go on from another checkpoint')

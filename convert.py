@@ -28,8 +28,8 @@ def is_hf(init_from):
     return init_from in GPT2_SIZES or os.path.isfile(os.path.join(init_from, 'config.json'))
 
 
-def read_hf(model_type):
-    """(arguments of GPTConfig but dropout, state dict in float32) of GPT-2 weights on the hub or in a folder.
+def read_hf(model_type, dtype=torch.float32):
+    """(arguments of GPTConfig but dropout, state dict in dtype) of GPT-2 weights on the hub or in a folder.
 
     Tensors are copied one by one out of the memory-mapped files, so no second copy of the model exists at any time.
     """
@@ -53,7 +53,7 @@ def read_hf(model_type):
     if unfit:
         fail(f'{model_type} is no plain GPT-2: {", ".join(unfit)[:200]}', 'this model has no such option')
     args = dict(sizes, bias=True, gelu=GELUS[gelu])
-    return args, _read_tensors(folder, args)
+    return args, _read_tensors(folder, args, dtype)
 
 
 def _fetch(model_type):
@@ -69,7 +69,7 @@ def _fetch(model_type):
          'without a network, pass a folder that transformers has saved: --init_from=FOLDER')
 
 
-def _read_tensors(folder, args):
+def _read_tensors(folder, args, dtype):
     """The state dict of the folder's safetensors, by our names; fails if it isn't that of a GPT with these arguments."""
     from safetensors import safe_open
     files = sorted(name for name in os.listdir(folder) if name.endswith('.safetensors'))
@@ -96,7 +96,7 @@ def _read_tensors(folder, args):
                 tensor = f.get_tensor(key)
                 tensor = tensor.t() if ours.endswith(TRANSPOSED) else tensor
                 # a copy, or it would stay in the file
-                tensors[ours] = tensor.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+                tensors[ours] = tensor.to(dtype, memory_format=torch.contiguous_format, copy=True)
                 del tensor
     except Exception as e:  # a header may lie in many ways
         fail(f'{path} does not hold the weights of the GPT-2 in its config.json ({first_line(e)})', 'download or save it again')

@@ -1,7 +1,12 @@
 """
 torch.distributed: which rank this is, one model over all ranks, numbers reduced over ranks, and signals that all obey.
 
-With one process the functions here do nothing, but for the signals.
+With one process the functions here do nothing, but for the signals. With more, a model is trained in one of three ways:
+
+- ddp: every rank has all of it, and gradients are averaged.
+- zero1: the same, but each rank keeps AdamW's moments, and makes the updates, of a part of the weights, which all then
+  receive. Rajbhandari et al. 2019, https://arxiv.org/abs/1910.02054
+- fsdp: each rank keeps a part of weights, gradients and moments, and a layer is gathered where it is computed (ZeRO-3).
 """
 import os
 import signal
@@ -72,17 +77,68 @@ def fresh_store(rank, size):
     return dist.PrefixStore(prefix, store)
 
 
-def wrap(model, device):
+def shard(model, device, parallel, compile=False):
+    """Moves the model to the device; with fsdp, of each weight this rank's part alone."""
+    if parallel == 'fsdp' and dist.is_initialized():
+        from torch.distributed.fsdp import fully_shard  # here, as are others: a second that only those who use it wait for
+        mesh = dist.init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+        for block in model.transformer.h:
+            if compile:
+                block.compile()
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model.to(device)
+
+
+def shard_optimizer(optimizer, parallel):
+    """The AdamW, or with zero1 one that keeps the moments of this rank's part of the weights alone."""
+    if parallel != 'zero1' or not dist.is_initialized():
+        return optimizer
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+    settings = {k: optimizer.defaults[k] for k in ('lr', 'betas', 'eps', 'fused')}
+    return ZeroRedundancyOptimizer([dict(group) for group in optimizer.param_groups], optimizer_class=type(optimizer), **settings)
+
+
+def is_sharded(model):
+    """Whether each rank has only a part of the model's weights."""
+    return hasattr(next(model.parameters()), 'full_tensor')
+
+
+def optimizer_state(optimizer):
+    """The optimizer's state_dict with the states of all ranks; every rank must call, rank 0 gets it."""
+    if hasattr(optimizer, 'consolidate_state_dict'):
+        optimizer.consolidate_state_dict(to=0)
+        return optimizer.state_dict() if dist.get_rank() == 0 else {}
+    return optimizer.state_dict()
+
+
+def wrap(model, device, parallel):
     """The model with its gradients averaged over the ranks in the backward pass; the model itself if alone."""
-    if not dist.is_initialized():
+    if not dist.is_initialized() or parallel == 'fsdp':
         return model
     device = torch.device(device)
-    return DistributedDataParallel(model, device_ids=None if device.type == 'cpu' else [device.index])
+    return DistributedDataParallel(model, device_ids=None if device.type == 'cpu' else [device.index], gradient_as_bucket_view=True)
 
 
 def sync_gradients(model, now):
     """Context of one micro-step: gradients travel in the last one only, their sum once instead of every part."""
-    return nullcontext() if now or not dist.is_initialized() else model.no_sync()
+    if hasattr(model, 'set_requires_gradient_sync'):
+        model.set_requires_gradient_sync(now)
+    return model.no_sync() if hasattr(model, 'no_sync') and not now else nullcontext()
+
+
+def whole(tensor):
+    """The tensor with the parts of all ranks; every rank must call."""
+    return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
+
+
+def like(tensor, parameter):
+    """Of a whole tensor the part that this rank has of the parameter of the same shape."""
+    if not hasattr(parameter, 'full_tensor'):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    # every rank has read it, so that none need send its part
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def mean(tensor):

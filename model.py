@@ -12,6 +12,7 @@ import torch.nn as nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -104,6 +105,7 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """One layer, with its norms before attention and MLP, as in GPT-2."""
+    recompute = False  # in the backward pass, instead of keeping what is in the layer: Chen et al. 2016, https://arxiv.org/abs/1604.06174
 
     def __init__(self, config):
         super().__init__()
@@ -113,6 +115,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, kv_cache=None, layer=0):
+        if self.recompute and self.training:
+            return checkpoint(self.layer, x, use_reentrant=False)
+        return self.layer(x, kv_cache, layer)
+
+    def layer(self, x, kv_cache=None, layer=0):
         x = x + self.attn(self.ln_1(x), kv_cache, layer)
         return x + self.mlp(self.ln_2(x))
 
@@ -344,7 +351,7 @@ class GPT(nn.Module):
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak if peak else None
 
     @classmethod
-    def from_pretrained(cls, model_type, override_args=None):
+    def from_pretrained(cls, model_type, override_args=None, dtype=torch.float32):
         """A GPT with the weights of a Hugging Face GPT-2: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a local folder.
 
         override_args may set {'dropout': p}. Fails with one line if the weights can't be had or are no GPT-2.
@@ -352,7 +359,7 @@ class GPT(nn.Module):
         if set(override_args or ()) - {'dropout'}:
             raise ValueError(f'only dropout can be overridden, not {sorted(set(override_args) - {"dropout"})}')
         from convert import read_hf  # here: convert.py imports this file
-        config_args, state_dict = read_hf(model_type)
+        config_args, state_dict = read_hf(model_type, dtype)
         return cls.from_state_dict(GPTConfig(**config_args, **(override_args or {})), state_dict)
 
     @classmethod

@@ -79,7 +79,7 @@ if device_type == 'cuda':
 # the model and its tokenizer
 if init_from == 'resume':
     state, path = checkpoint.load_best(out_dir)
-    model, meta = checkpoint.build_model(state), state.get('meta')
+    model, meta = checkpoint.build_model(state, dtype=getattr(torch, dtype)), state.get('meta')
     dataset = state.get('config', {}).get('dataset', '')
     dataset = dataset if isinstance(dataset, str) else ''
     if meta is None and not checks.is_gpt2(state['model_args']['vocab_size']):  # a checkpoint of nanoGPT's: the table is in its data folder
@@ -89,7 +89,7 @@ if init_from == 'resume':
     origin = f'{path}, iteration {state["iter_num"]}, best val loss {state.get("best_val_loss", math.inf):.4f}'
     state = None
 elif convert.is_hf(init_from):
-    model, meta, origin = GPT.from_pretrained(init_from, dict(dropout=0.0)), None, init_from
+    model, meta, origin = GPT.from_pretrained(init_from, dict(dropout=0.0), getattr(torch, dtype)), None, init_from
 else:
     checks.fail(f'init_from={init_from!r} is not known',
                 'use resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder saved by transformers')
@@ -142,10 +142,12 @@ def generate(rows):
 
 # as many rows at once as half of the free memory holds: each needs its keys and values, its prompt's activations and logits
 c = model.config
-row_bytes = 4 * (2 * c.n_layer * c.n_embd * min(block_size, len(prompt) + max_new_tokens)
-                 + 16 * c.n_embd * min(block_size, len(prompt)) + 4 * c.vocab_size)
+cache_bytes = 2 * c.n_layer * c.n_embd * min(block_size, len(prompt) + max_new_tokens) * getattr(torch, dtype).itemsize
+row_bytes = 2 * cache_bytes + 4 * (16 * c.n_embd * min(block_size, len(prompt)) + 4 * c.vocab_size)
 free = checks.free_memory(device)
 rows = 1 if stream else num_samples if free is None else max(1, min(num_samples, free // 2 // row_bytes))
+note(f'memory: {sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20:,.0f} MiB of weights, '
+     f'{rows} rows at once with {cache_bytes / 2**20:,.1f} MiB of keys and values each')
 if compile:
     model.forward = torch.compile(model.forward)
 elif device_type == 'cpu':

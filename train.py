@@ -67,6 +67,9 @@ decay_lr = True  # warm up, then decay as a cosine; False: learning_rate through
 warmup_iters = 2000
 lr_decay_iters = 600000  # about max_iters, by Chinchilla
 min_lr = 6e-5  # the lowest, about learning_rate / 10, by Chinchilla
+# several processes, and memory
+parallel = 'ddp'  # ddp (each has the whole model) | zero1 (a part of AdamW's state) | fsdp (a part of everything)
+activation_checkpointing = False  # compute each layer again in the backward pass instead of keeping what is in it: slower, smaller
 # system
 backend = 'auto'  # of torch.distributed: nccl | gloo; auto is nccl on GPUs
 device = 'auto'  # cpu | cuda | cuda:1 | mps | xpu; auto is the accelerator if there is one
@@ -135,10 +138,12 @@ if not distributed.same(iter_num):
                 'out_dir must be a folder that all machines share, or the same on each', who='rank')
 overruled = [f'{k}={config[k]}' for k in ('n_layer', 'n_head', 'n_embd', 'bias') if config[k] != getattr(model.config, k)]
 model_args = {k: getattr(model.config, k) for k in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')}
-model.to(device)
+for block in model.transformer.h:
+    block.recompute = activation_checkpointing
+model = distributed.shard(model, device, parallel, compile)
 raw_model = model  # the one that is saved: without the prefixes that compiling and wrapping put before its names
 
-optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
+optimizer = distributed.shard_optimizer(model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type), parallel)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')  # float16 alone has too narrow a range
 if state and not eval_only:
     checkpoint.load_optimizer(optimizer, state.get('optimizer'), path)
@@ -150,15 +155,15 @@ if state and not eval_only:
 wandb_id = state.get('wandb_id') if state else None  # of the run that this one continues
 state = None  # frees it
 
-if compile:
+if compile and not distributed.is_sharded(model):
     model = torch.compile(model)
 eval_model = model  # without what only training needs
-model = distributed.wrap(model, device)
+model = distributed.wrap(model, device, parallel)
 
 # -----------------------------------------------------------------------------
 # the data: every window of block_size + 1 tokens of a split, as a view of the file
 windows = {split: np.lib.stride_tricks.sliding_window_view(
-    checks.open_bin(os.path.join(data_dir, f'{split}.bin'), block_size, raw_model.config.vocab_size), block_size + 1)
+    checks.open_bin(os.path.join(data_dir, f'{split}.bin'), block_size, raw_model.config.vocab_size, (meta or {}).get('dtype', 'uint16')), block_size + 1)
     for split in ('train', 'val')}
 copy_stream = torch.cuda.Stream() if device_type == 'cuda' else None
 
@@ -240,8 +245,11 @@ def save_state(best, finished=False):
     if wandb_run:
         ours['wandb_id'] = wandb_run.id
     if run_dir:
-        run_dir.save(dict(model=raw_model.state_dict(), optimizer=optimizer.state_dict(), model_args=model_args,
-                          iter_num=iter_num, best_val_loss=best_val_loss, config=config, **ours), best)
+        run_dir.wait()  # for the copy before this one, or there would be two
+    state = checkpoint.to_memory(dict(model=raw_model.state_dict(keep_vars=True), optimizer=distributed.optimizer_state(optimizer), model_args=model_args,
+                                      iter_num=iter_num, best_val_loss=best_val_loss, config=config, **ours), keep=master_process)
+    if run_dir:
+        run_dir.save(state, best)
 
 
 def log(event, **metrics):
@@ -352,14 +360,14 @@ while True:
             scaler.scale(loss / micro_steps * (1 + 0 * loss.detach())).backward()
         loss_sum += loss.detach()
     scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    grad_norm = distributed.whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf))
     # what isn't finite must not reach the weights: fused AdamW leaves them, its moments and its count of steps as they
     # are where found_inf is 1, without the host having to know (a GradScaler sets it by itself)
     bad = (~grad_norm.isfinite()).float()
     bad_steps = (bad_steps + 1) * bad
     worst, skipped = torch.maximum(worst, bad_steps), skipped + bad
     if not scaler.is_enabled():
-        optimizer.found_inf = bad
+        getattr(optimizer, 'optim', optimizer).found_inf = bad  # zero1 has the AdamW within
     if device_type != 'mps' or not bad.item():  # whose kernel doesn't look at found_inf
         scaler.step(optimizer)
     scaler.update()

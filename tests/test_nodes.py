@@ -1,0 +1,81 @@
+"""Two machines, as two network namespaces with addresses of their own on one: one run, and one that a dying node doesn't end."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, TINY, equal_states, metrics, run_ranks
+
+import checkpoint
+
+NODES = '''
+set -e
+mount -t tmpfs none /run
+ip netns add a; ip netns add b
+ip link add va netns a type veth peer name vb netns b
+for n in a b; do ip -n $n link set lo up; ip -n $n link set v$n up; done
+ip -n a addr add 10.77.0.1/24 dev va; ip -n b addr add 10.77.0.2/24 dev vb
+node() {{  # its namespace and rank: begins again until it has ended well, as a machine's service would
+    export GLOO_SOCKET_IFNAME=v$1
+    until nsenter --net=/run/netns/$1 {python} -m torch.distributed.run --nnodes=2 --nproc_per_node=1 --node_rank=$2 --master_addr=10.77.0.1 \\
+        --master_port=1234 {train} >> log.$1 2>&1; do sleep 0.5; echo again >> log.$1; done
+}}
+node a 0 & first=$!
+node b 1 & second=$!
+if [ {dies} = 1 ]; then
+    until [ -s run/ckpt_last.pt ]; do sleep 0.05; done
+    kill -9 $second; ip netns pids b | xargs kill -9
+    sleep 1
+    node b 1 & second=$!
+fi
+wait $first; wait $second
+for n in a b; do cat /run/netns/$n > /dev/null 2>&1 || true; nsenter --net=/run/netns/$n cat /proc/net/dev > bytes.$n; done
+'''
+
+
+def can_make_namespaces():
+    return all(map(shutil.which, ('unshare', 'nsenter', 'ip'))) and subprocess.run(
+        ['unshare', '--map-root-user', '--mount', '--net', 'sh', '-c', 'mount -t tmpfs none /run && ip netns add x'], capture_output=True).returncode == 0
+
+
+pytestmark = pytest.mark.skipif(not can_make_namespaces(), reason='needs unshare, nsenter, ip and the right to make network namespaces')
+
+
+def sent(path, interface):
+    """Bytes that an interface has sent."""
+    return int(re.search(rf'{interface}:((?:\s+\d+)+)', path.read_text())[1].split()[8])
+
+
+def two_nodes(tmp_path, *args, dies=0):
+    train = ' '.join([os.path.join(ROOT, 'train.py'), *args, '--out_dir=run'])
+    shell = NODES.format(python=sys.executable, train=train, dies=dies)
+    out = subprocess.run(['unshare', '--map-root-user', '--mount', '--net', 'bash', '-c', shell], cwd=tmp_path, capture_output=True, text=True, timeout=200,
+                         env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert out.returncode == 0, (out.stderr, (tmp_path / 'log.a').read_text())
+
+
+def test_a_node_dies_and_comes_back(char_data, tmp_path):
+    args = [*TINY, f'--dataset={char_data}', '--dropout=0.1', '--save_interval=20', '--eval_interval=1000', '--max_iters=500', '--init_from=auto']
+    two_nodes(tmp_path, *args, dies=1)
+    log = (tmp_path / 'log.a').read_text()
+    assert 'from scratch' in log and 'again' in log and 'resumed from run/ckpt_last.pt' in log and '2 ranks over gloo' in log
+    run_ranks(2, 'train.py', *args, '--out_dir=whole', cwd=tmp_path)
+    assert equal_states(tmp_path / 'run' / 'ckpt.pt', tmp_path / 'whole' / 'ckpt.pt')
+
+
+@pytest.mark.slow
+def test_gradients_travel_once_an_iteration(char_data, tmp_path):
+    # 3.2M parameters; what else travels (the start, the losses) is left out by the difference of two runs
+    args = [*TINY, f'--dataset={char_data}', '--n_embd=256', '--n_layer=4', '--batch_size=1', '--gradient_accumulation_steps=8', '--eval_interval=1000']
+    bytes_sent = []
+    for iters in (4, 14):
+        folder = tmp_path / str(iters)
+        folder.mkdir()
+        two_nodes(folder, *args, f'--max_iters={iters}')
+        bytes_sent.append([sent(folder / f'bytes.{n}', f'v{n}') for n in 'ab'])
+    gradients = 4 * sum(w.numel() for name, w in checkpoint.load(str(folder / 'run' / 'ckpt.pt'))['model'].items() if name != 'lm_head.weight')
+    for few, many in zip(*bytes_sent):  # of each rank: 2 (n - 1) / n times the gradients, with n = 2
+        assert (many - few) / 10 == pytest.approx(gradients, rel=0.05)
+    assert len(metrics(folder / 'run', 'iter')) == 14

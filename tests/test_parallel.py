@@ -1,0 +1,70 @@
+"""ddp, zero1 and fsdp: the same run as one process's, and one checkpoint for all."""
+import pytest
+import torch
+from conftest import TINY, equal_states, metrics, run, run_ranks
+
+import checkpoint
+
+
+def start(ranks, *args):
+    return ''.join(run_ranks(ranks, 'train.py', *args)) if ranks > 1 else run('train.py', *args).stdout
+
+
+def losses(out_dir):
+    return {(e['iter'], key): e[key] for event, keys in (('iter', ('loss', 'grad_norm')), ('eval', ('train/loss', 'val/loss')))
+            for e in metrics(out_dir, event) for key in keys}
+
+
+@pytest.fixture(scope='module')
+def args(char_data):
+    return [*TINY, f'--dataset={char_data}', '--gradient_accumulation_steps=4', '--grad_clip=0.5', '--eval_interval=10', '--eval_iters=5', '--max_iters=20']
+
+
+@pytest.fixture(scope='module', params=['0.2', pytest.param('0.0', marks=pytest.mark.slow)])
+def single(request, args, tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp('single')
+    run('train.py', *args, f'--dropout={request.param}', f'--out_dir={out_dir}')
+    return out_dir, request.param
+
+
+@pytest.mark.parametrize('parallel, ranks', [
+    ('ddp', 2), ('zero1', 2), ('fsdp', 2), ('fsdp', 4),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (('ddp', 4), ('zero1', 4), ('zero1', 1), ('fsdp', 1)))])
+def test_equals_one_process(args, single, tmp_path, parallel, ranks):
+    out_dir, dropout = single
+    start(ranks, *args, f'--dropout={dropout}', f'--out_dir={tmp_path}', f'--parallel={parallel}')
+    one, many = losses(out_dir), losses(tmp_path)
+    assert len(one) == 2 * 20 + 2 * 3 and one.keys() == many.keys()
+    assert all(many[key] == pytest.approx(value, rel=1e-4) for key, value in one.items())
+    one, many = (checkpoint.load(str(path / 'ckpt.pt')) for path in (out_dir, tmp_path))
+    assert list(one['model']) == list(many['model']) and one['model_args'] == many['model_args'] and one['optimizer'].keys() == many['optimizer'].keys()
+    assert one['optimizer']['param_groups'] == many['optimizer']['param_groups']
+    for i, state in one['optimizer']['state'].items():
+        assert all(type(many['optimizer']['state'][i][k]) is torch.Tensor and many['optimizer']['state'][i][k].shape == v.shape for k, v in state.items())
+    assert abs((tmp_path / 'ckpt.pt').stat().st_size - (out_dir / 'ckpt.pt').stat().st_size) < 5000  # tied weights are written once
+
+
+@pytest.mark.parametrize('path', [
+    [('fsdp', 2), ('zero1', 1), ('ddp', 2)], pytest.param([('zero1', 4), ('fsdp', 4), ('ddp', 1), ('zero1', 2)], marks=pytest.mark.slow)],
+    ids=lambda path: ' '.join(f'{p}{n}' for p, n in path))
+def test_a_checkpoint_goes_on_under_any_other(args, single, tmp_path, path):
+    out_dir, dropout = single
+    for step, (parallel, ranks) in enumerate(path, 1):
+        start(ranks, *args, f'--dropout={dropout}', f'--out_dir={tmp_path}', f'--parallel={parallel}', '--init_from=auto',
+              f'--max_iters={20 * step // len(path)}')
+    one, many = losses(out_dir), losses(tmp_path)
+    assert one.keys() <= many.keys() and all(many[key] == pytest.approx(value, rel=1e-4) for key, value in one.items())
+
+
+@pytest.mark.parametrize('parallel', ['zero1', 'fsdp'])
+def test_pieces_equal_the_whole_to_the_bit(args, tmp_path, parallel):
+    for out_dir, cuts in (('whole', [12]), ('parts', [5, 12])):
+        for upto in cuts:
+            start(2, *args, '--dropout=0.1', f'--out_dir={tmp_path / out_dir}', f'--parallel={parallel}', f'--max_iters={upto}', '--init_from=auto')
+    assert equal_states(tmp_path / 'whole' / 'ckpt.pt', tmp_path / 'parts' / 'ckpt.pt')
+
+
+def test_recomputing_changes_nothing(args, single, tmp_path):
+    out_dir, dropout = single
+    run('train.py', *args, f'--dropout={dropout}', f'--out_dir={tmp_path}', '--activation_checkpointing=True')
+    assert equal_states(out_dir / 'ckpt.pt', tmp_path / 'ckpt.pt')
