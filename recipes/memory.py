@@ -1,0 +1,74 @@
+"""
+What each rank holds while a model is trained, measured: its part of the weights, the gradients and AdamW's moments after
+one update, what saving adds, and the peak of the process, all in MiB.
+
+    torchrun --nproc_per_node=4 recipes/memory.py --parallel=fsdp --n_layer=24 --n_head=16 --n_embd=1024
+
+Prints a line of JSON for each rank. On Linux; on a CPU the process's memory is the device's.
+"""
+import json
+import os
+import sys
+
+import torch
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
+import checkpoint
+import distributed
+from model import GPT, GPTConfig
+
+# the model, and how it is trained
+n_layer = 12
+n_head = 12
+n_embd = 768
+block_size = 1024
+vocab_size = 50304
+batch_size = 1  # sequences a rank
+tokens = 64  # of a sequence
+parallel = 'ddp'  # ddp | zero1 | fsdp
+activation_checkpointing = False
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'configurator.py'), encoding='utf-8').read())
+
+
+def memory(key):
+    """VmRSS, the process's memory, or VmHWM, its peak since it was last forgotten, in MiB."""
+    with open('/proc/self/status') as f:
+        return next(int(line.split()[1]) / 1024 for line in f if line.startswith(key))
+
+
+def mib(tensors):
+    """MiB of this rank's part of the tensors, each counted once."""
+    local = {id(t): t.to_local() if hasattr(t, 'to_local') else t for t in tensors if t is not None}
+    return sum(t.numel() * t.element_size() for t in local.values()) / 2 ** 20
+
+
+def forget_peak():
+    with open('/proc/self/clear_refs', 'w') as f:
+        f.write('5')
+
+
+rank, _, size = distributed.ranks()
+distributed.init('auto', 'cpu')
+empty = memory('VmRSS')
+model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, bias=False))
+for block in model.transformer.h:
+    block.recompute = activation_checkpointing
+raw_model = model = distributed.shard(model, 'cpu', parallel)
+optimizer = distributed.shard_optimizer(model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), 'cpu'), parallel)
+model = distributed.wrap(model, 'cpu', parallel)
+forget_peak()
+for step in range(2):
+    x = torch.randint(vocab_size, (batch_size, tokens + 1))
+    model(x[:, :-1], x[:, 1:], return_logits=False)[1].backward()
+    gradients = mib(p.grad for p in raw_model.parameters())
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+inner = getattr(optimizer, 'optim', optimizer)
+result = dict(parallel=parallel, ranks=size, rank=rank, parameters=sum(p.numel() for p in raw_model.parameters()), weights=mib(raw_model.parameters()),
+              gradients=gradients, moments=mib(t for state in inner.state.values() for t in state.values() if t.dim()),
+              training_peak=memory('VmHWM') - empty, after=memory('VmRSS') - empty)
+forget_peak()
+state = checkpoint.to_memory(dict(model=raw_model.state_dict(keep_vars=True), optimizer=distributed.optimizer_state(optimizer)), keep=rank == 0)
+result['saving_adds'] = memory('VmHWM') - empty - result['after']
+print(json.dumps({key: round(value, 1) if isinstance(value, float) else value for key, value in result.items()}), flush=True)
+distributed.shutdown()
