@@ -41,6 +41,7 @@ def test_beside_what_others_do(tmp_path, char_data, what, compare, tokens, extra
     assert f'{result["ratio"]:.2f}' in next(line for line in out.splitlines() if line.startswith('times as fast'))
 
 
+@pytest.mark.slow
 def test_beside_a_command(tmp_path):
     command = f"""{sys.executable} -c 'print("noise"); print(chr(123) + chr(34) + "tokens_per_s" + chr(34) + ": 64" + chr(125))'"""
     _, result = bench('--real_data=False', f'--compare={command}', cwd=tmp_path)
@@ -50,6 +51,7 @@ def test_beside_a_command(tmp_path):
                                      cwd=tmp_path, ok=False).stderr
 
 
+@pytest.mark.slow
 def test_processes_from_start_to_end(tmp_path, char_data):
     config = tmp_path / 'short.py'
     config.write_text(f'dataset = {str(char_data)!r}\nmax_iters = 2\neval_iters = 1\ngradient_accumulation_steps = 1\nlr_decay_iters = 2\n')

@@ -56,6 +56,7 @@ def two_nodes(tmp_path, *args, dies=0):
     assert out.returncode == 0, (out.stderr, (tmp_path / 'log.a').read_text())
 
 
+@pytest.mark.slow
 def test_a_node_dies_and_comes_back(char_data, tmp_path):
     args = [*TINY, f'--dataset={char_data}', '--dropout=0.1', '--save_interval=20', '--eval_interval=1000', '--max_iters=500', '--init_from=auto']
     two_nodes(tmp_path, *args, dies=1)
