@@ -90,6 +90,10 @@ device, device_why = checks.choose_device(device, ddp_local_rank)
 device_type = torch.device(device).type
 dtype, dtype_why = checks.choose_dtype(dtype, device_type)
 compile, compile_why = checks.choose_compile(compile, device_type)
+if parallel not in ('ddp', 'zero1', 'fsdp'):
+    checks.fail(f'parallel={parallel!r} is not known', 'try ddp, zero1 or fsdp')
+if parallel == 'fsdp' and dtype == 'float16':
+    checks.fail('fsdp does not scale the loss as float16 needs it', 'try --dtype=bfloat16 or --parallel=zero1')
 if device_type == 'cpu':
     checks.keep_freed_memory()
 checks.explain_crashes(device, config)

@@ -218,6 +218,7 @@ def test_without_arguments_it_says_what_to_do(tmp_path):
     (['config/nowhere.py'], 'no config file config/nowhere.py'),
     (['--dropout=1.5'], 'dropout=1.5'), (['--beta2=1'], 'beta2=1'), (['--eval_interval=0'], 'eval_interval=0'), (['--log_interval=0'], 'log_interval=0'),
     (['--device=tpu9'], "'tpu9'"), (['--device=cuda:7'], 'cuda:7'), (['--dtype=int8'], "'int8'"), (['--compile=fast'], "'fast'"),
+    (['--parallel=all'], "parallel='all'"),
     (['--init_from=gpt3'], "'gpt3'"), (['--init_from=resume'], 'no checkpoint'), (['--dataset=nowhere'], "no dataset 'nowhere'"),
     (['--block_size=100000'], 'fewer than block_size + 1'), (['--learning_rate=-1'], 'learning_rate=-1'), (['--seed=-1'], 'seed=-1'),
     (['--out_dir=/dev/null/x'], '/dev/null/x'), (['--out_dir='], "''"),
