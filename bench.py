@@ -87,7 +87,7 @@ data_dir = checks.locate_data(dataset)
 meta = read_meta(data_dir) if data_dir else None
 vocab_size = meta['vocab_size'] if meta else 50304
 if data_dir and real_data:
-    tokens = checks.open_bin(os.path.join(data_dir, 'train.bin'), block_size, vocab_size)
+    tokens = checks.open_bin(os.path.join(data_dir, 'train.bin'), block_size, vocab_size, meta)
 else:
     tokens = np.random.default_rng(seed).integers(0, vocab_size, 2 ** 20).astype(np.uint16)
 windows = np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1)

@@ -134,13 +134,14 @@ class RunDir:
         if 'TORCHELASTIC_RUN_ID' not in os.environ or size < 2 ** 30:
             return
         probe = os.path.join(self.path, LAST + '.tmp')
+        content = os.urandom(2 ** 25)
         try:
             t0 = time.perf_counter()
             with open(probe, 'wb') as f:
-                f.write(os.urandom(2 ** 25))
+                f.write(content)
                 f.flush()
                 os.fsync(f.fileno())
-            seconds = size / 2 ** 25 * (time.perf_counter() - t0)
+            seconds = size / len(content) * (time.perf_counter() - t0)
             os.remove(probe)
         except OSError:
             return

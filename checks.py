@@ -70,8 +70,7 @@ def shown(path):
 # (what a knob must be, the test of it, the knobs)
 RANGES = (
     ('at least 1', lambda v: v >= 1, ('n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'eval_interval',
-                                      'log_interval', 'eval_iters', 'num_samples', 'max_bytes', 'repeats',
-                                      'max_bad_steps')),
+                                      'log_interval', 'eval_iters', 'num_samples', 'max_bytes', 'repeats', 'max_bad_steps')),
     ('at least 0', lambda v: v >= 0, ('max_iters', 'warmup_iters', 'lr_decay_iters', 'save_interval', 'weight_decay', 'grad_clip', 'learning_rate',
                                       'min_lr', 'max_new_tokens', 'top_k', 'temperature', 'num_proc')),
     ('at least 0 and below 2**64', lambda v: 0 <= v < 2 ** 64, ('seed',)),
@@ -208,12 +207,15 @@ def find_data(dataset):
          f'python {shown(os.path.join(REPO, "train.py"))} config/train_python_char.py')
 
 
-def open_bin(path, block_size, vocab_size, dtype='uint16'):
-    """The token ids of a .bin file as a read-only memmap of uint16 or uint32, shape (tokens,); fails if it can't be trained on.
+def open_bin(path, block_size, vocab_size, meta=None):
+    """The token ids of a .bin file as a read-only memmap, shape (tokens,), of uint16 or what the dataset's meta dict says.
+
+    Fails if it can't be trained on.
 
     Only its head and tail are read here; train.py looks at the ids of every batch it takes.
     """
     remedy = f'prepare the dataset in {os.path.dirname(path)} again'
+    dtype = (meta or {}).get('dtype', 'uint16')
     size, width = os.path.getsize(path), np.dtype(dtype).itemsize
     if size % width:
         fail(f'{path} has {size} bytes, not a multiple of {width}: it is no {dtype} file or was cut short', remedy)

@@ -83,9 +83,10 @@ def _read_tensors(folder, args, dtype):
                     ours = 'transformer.' + key.removeprefix('transformer.')
                     if key == 'lm_head.weight' or ours.endswith(('.attn.bias', '.attn.masked_bias')):
                         continue  # the embedding once more; and masks, not weights
-                    if f.get_slice(key).get_dtype() not in ('F64', 'F32', 'F16', 'BF16'):
-                        raise ValueError(f'{key} is in {f.get_slice(key).get_dtype()}')
-                    shape = f.get_slice(key).get_shape()
+                    piece = f.get_slice(key)
+                    if piece.get_dtype() not in ('F64', 'F32', 'F16', 'BF16'):
+                        raise ValueError(f'{key} is in {piece.get_dtype()}')
+                    shape = piece.get_shape()
                     places[ours], shapes[ours] = (path, key), shape[::-1] if ours.endswith(TRANSPOSED) else shape
         shapes['lm_head.weight'] = shapes.get('transformer.wte.weight', ())
         check_shapes(args, shapes)

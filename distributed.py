@@ -43,11 +43,11 @@ def init(backend, device):
     device = torch.device(device)
     if device.index is not None:
         torch.accelerator.set_device_index(device.index)
-    if ranks()[2] == 1:
+    rank, _, size = ranks()
+    if size == 1:
         return None
     if backend == 'auto' or backend == 'nccl' and device.type == 'cpu':  # configs say nccl by habit; it has no CPU side
         backend = {'cuda': 'nccl', 'xpu': 'xccl'}.get(device.type, 'gloo')
-    rank, _, size = ranks()
     dist.init_process_group(backend, store=fresh_store(rank, size), rank=rank, world_size=size, timeout=TIMEOUT)
     return backend
 
@@ -192,7 +192,7 @@ def _listen(pipe):
         for number in numbers:
             if number == getattr(signal, 'SIGUSR1', None):
                 _asked['saves'] += 1
-            elif getattr(signal.Signals(number), 'name') in _handlers:
+            elif signal.Signals(number).name in _handlers:
                 if _asked['since'] and time.monotonic() - _asked['since'] > 3:
                     os._exit(128 + number)
                 _asked.update(stop=number, since=_asked['since'] or time.monotonic())

@@ -167,7 +167,7 @@ model = distributed.wrap(model, device, parallel)
 # -----------------------------------------------------------------------------
 # the data: every window of block_size + 1 tokens of a split, as a view of the file
 windows = {split: np.lib.stride_tricks.sliding_window_view(
-    checks.open_bin(os.path.join(data_dir, f'{split}.bin'), block_size, raw_model.config.vocab_size, (meta or {}).get('dtype', 'uint16')), block_size + 1)
+    checks.open_bin(os.path.join(data_dir, f'{split}.bin'), block_size, raw_model.config.vocab_size, meta), block_size + 1)
     for split in ('train', 'val')}
 copy_stream = torch.cuda.Stream() if device_type == 'cuda' else None
 
