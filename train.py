@@ -104,6 +104,8 @@ torch.manual_seed(seed)  # the same on every rank: the same weights
 torch.set_float32_matmul_precision('high')  # TF32 where the hardware has it; no effect elsewhere
 if compile and device_type == 'cpu':
     torch.use_deterministic_algorithms(True)  # a compiled embedding's backward adds atomically: runs would differ
+if device_type == 'cpu':
+    torch.ones(1).log()  # by one thread: were two to make a process's first exp or log together, one would be 1e-5 off (MKL; 3 runs of 100)
 ptdtype = getattr(torch, dtype)
 ctx = nullcontext() if dtype == 'float32' else torch.autocast(device_type, dtype=ptdtype)
 
