@@ -18,7 +18,7 @@ import zipfile
 import torch
 
 from checks import fail, first_line, say, warn
-from distributed import like, whole
+from distributed import inner, like
 from model import GPT, GPTConfig
 from tokenizer import check_meta
 
@@ -148,23 +148,6 @@ class RunDir:
         if seconds > grace / 2:
             warn(f'a save writes {size / 2**30:.1f} GiB, in about {seconds:.0f} s here, but torchrun kills {grace} s after SIGTERM: '
                  f'set TORCH_ELASTIC_SHUTDOWN_TIMEOUT={4 * seconds:.0f}, or a --save_interval that you can afford to lose')
-
-
-def to_memory(value, keep=True, copies=None):
-    """A copy in the CPU's memory of the tensors in containers; what is one tensor (tied weights) stays one.
-
-    What is spread over the ranks is put together, a tensor at a time, so all ranks must call; those that don't keep it
-    get None for each.
-    """
-    copies = {} if copies is None else copies
-    if isinstance(value, torch.Tensor):
-        if id(value) not in copies:
-            tensor = whole(value.detach())
-            copies[id(value)] = tensor.to('cpu', copy=True) if keep else None
-        return copies[id(value)]
-    if isinstance(value, dict):
-        return {k: to_memory(v, keep, copies) for k, v in value.items()}
-    return [to_memory(v, keep, copies) for v in value] if isinstance(value, list) else value
 
 
 def save(state, out_dir, best=True):
@@ -347,15 +330,15 @@ def load_optimizer(optimizer, state, path):
     if state is None:
         fail(f'{path} has no optimizer state', 'it can be sampled from, but not resumed')
     params = [p for group in optimizer.param_groups for p in group['params']]
-    moments = {}
+    own = {p for group in inner(optimizer).param_groups for p in group['params']}
     try:
-        groups = [{**ours, 'params': theirs['params'], 'weight_decay': float(theirs['weight_decay']), 'betas': tuple(map(float, theirs['betas']))}
-                  for theirs, ours in zip(state['param_groups'], optimizer.param_groups, strict=True)]
+        for theirs, ours in zip(state['param_groups'], optimizer.param_groups, strict=True):
+            ours.update(weight_decay=float(theirs['weight_decay']), betas=tuple(map(float, theirs['betas'])))
         for i, p in enumerate(params if state['state'] else []):  # none before the first update
-            moments[i] = {k: m[:len(p)] if m.dim() else m for k, m in state['state'][i].items()}
-            if {k: m.shape for k, m in moments[i].items()} != dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape):
+            moments = {k: m[:len(p)] if m.dim() else m for k, m in state['state'][i].items()}
+            if {k: m.shape for k, m in moments.items()} != dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape):
                 raise ValueError(f'it has other moments for a weight of shape {(*p.shape,)}')
-            moments[i] = {k: like(m.clone(), p) if m.dim() else m.clone() for k, m in moments[i].items()}  # the file may change or go
-        optimizer.load_state_dict(dict(state=moments, param_groups=groups))
+            if p in own:  # a copy, as the file may change or go
+                inner(optimizer).state[p] = {k: like(m.to(p.device, torch.float32, copy=True), p) for k, m in moments.items()}
     except Exception as e:  # it may hold anything
         fail(f'the optimizer state in {path} does not fit its weights ({first_line(e)})', 'go on from another checkpoint')

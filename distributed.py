@@ -104,12 +104,9 @@ def is_sharded(model):
     return hasattr(next(model.parameters()), 'full_tensor')
 
 
-def optimizer_state(optimizer):
-    """The optimizer's state_dict with the states of all ranks; every rank must call, rank 0 gets it."""
-    if hasattr(optimizer, 'consolidate_state_dict'):
-        optimizer.consolidate_state_dict(to=0)
-        return optimizer.state_dict() if dist.get_rank() == 0 else {}
-    return optimizer.state_dict()
+def inner(optimizer):
+    """The AdamW itself; zero1's is one over this rank's part of the weights, within another over all."""
+    return getattr(optimizer, 'optim', optimizer)
 
 
 def wrap(model, device, parallel):
@@ -132,13 +129,48 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
 
 
+def gather(value, keep=True, copies=None):
+    """A copy in the CPU's memory of the tensors in containers; what is one tensor (tied weights) stays one.
+
+    What is spread over the ranks is put together, a tensor at a time, so all ranks must call; those that don't keep it
+    get None for each.
+    """
+    copies = {} if copies is None else copies
+    if isinstance(value, torch.Tensor):
+        if id(value) not in copies:
+            tensor = whole(value.detach())
+            copies[id(value)] = tensor.to('cpu', copy=True) if keep else None
+        return copies[id(value)]
+    if isinstance(value, dict):
+        return {k: gather(v, keep, copies) for k, v in value.items()}
+    return [gather(v, keep, copies) for v in value] if isinstance(value, list) else value
+
+
+def gather_optimizer(optimizer, keep=True):
+    """gather() of the optimizer's state_dict, of what all ranks have of it together."""
+    if inner(optimizer) is optimizer:
+        return gather(optimizer.state_dict(), keep)
+    # zero1's own way, consolidate_state_dict, pickles a rank's part as a whole: 5.2 GB beside the 0.5 of a 124M model's
+    params, own = [p for group in optimizer.param_groups for p in group['params']], inner(optimizer).state
+    owners = [None] * dist.get_world_size()
+    dist.all_gather_object(owners, [i for i, p in enumerate(params) if p in own])
+    state = {}
+    for i, owner in sorted((i, owner) for owner, theirs in enumerate(owners) for i in theirs):
+        p, state[i] = params[i], {}
+        for key in ('step', 'exp_avg', 'exp_avg_sq'):
+            tensor = own[p][key] if p in own else p.new_empty(()) if key == 'step' else torch.empty_like(p)
+            dist.broadcast(tensor, owner)
+            state[i][key] = gather(tensor, keep)
+    return {**torch.optim.Optimizer.state_dict(optimizer), 'state': state}
+
+
 def like(tensor, parameter):
     """Of a whole tensor the part that this rank has of the parameter of the same shape."""
-    if not hasattr(parameter, 'full_tensor'):
+    if not hasattr(parameter, 'full_tensor') or not tensor.dim():
         return tensor
     from torch.distributed.tensor import distribute_tensor
     # every rank has read it, so that none need send its part
-    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def mean(tensor):

@@ -252,8 +252,9 @@ def save_state(best, finished=False):
         ours['wandb_id'] = wandb_run.id
     if run_dir:
         run_dir.wait()  # for the copy before this one, or there would be two
-    state = checkpoint.to_memory(dict(model=raw_model.state_dict(keep_vars=True), optimizer=distributed.optimizer_state(optimizer), model_args=model_args,
-                                      iter_num=iter_num, best_val_loss=best_val_loss, config=config, **ours), keep=master_process)
+    state = dict(model=distributed.gather(raw_model.state_dict(keep_vars=True), master_process),
+                 optimizer=distributed.gather_optimizer(optimizer, master_process), model_args=model_args, iter_num=iter_num,
+                 best_val_loss=best_val_loss, config=config, **ours)
     if run_dir:
         run_dir.save(state, best)
 
@@ -373,7 +374,7 @@ while True:
     bad_steps = (bad_steps + 1) * bad
     worst, skipped = torch.maximum(worst, bad_steps), skipped + bad
     if not scaler.is_enabled():
-        getattr(optimizer, 'optim', optimizer).found_inf = bad  # zero1 has the AdamW within
+        distributed.inner(optimizer).found_inf = bad
     if device_type != 'mps' or not bad.item():  # whose kernel doesn't look at found_inf
         scaler.step(optimizer)
     scaler.update()

@@ -13,7 +13,6 @@ import sys
 import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
-import checkpoint
 import distributed
 from model import GPT, GPTConfig
 
@@ -63,12 +62,11 @@ for step in range(2):
     gradients = mib(p.grad for p in raw_model.parameters())
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-inner = getattr(optimizer, 'optim', optimizer)
 result = dict(parallel=parallel, ranks=size, rank=rank, parameters=sum(p.numel() for p in raw_model.parameters()), weights=mib(raw_model.parameters()),
-              gradients=gradients, moments=mib(t for state in inner.state.values() for t in state.values() if t.dim()),
+              gradients=gradients, moments=mib(t for state in distributed.inner(optimizer).state.values() for t in state.values() if t.dim()),
               training_peak=memory('VmHWM') - empty, after=memory('VmRSS') - empty)
 forget_peak()
-state = checkpoint.to_memory(dict(model=raw_model.state_dict(keep_vars=True), optimizer=distributed.optimizer_state(optimizer)), keep=rank == 0)
+state = distributed.gather(raw_model.state_dict(keep_vars=True), rank == 0), distributed.gather_optimizer(optimizer, rank == 0)
 result['saving_adds'] = memory('VmHWM') - empty - result['after']
 print(json.dumps({key: round(value, 1) if isinstance(value, float) else value for key, value in result.items()}), flush=True)
 distributed.shutdown()

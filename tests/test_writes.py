@@ -13,6 +13,7 @@ from conftest import ROOT, TINY, Process, files, metrics, run
 
 import checkpoint
 import checks
+import distributed
 
 # trains in a file system of its own, `run`, with room for two checkpoints of 350 kB
 SHELL = '''
@@ -154,7 +155,7 @@ def test_putting_aside_survives_a_crash(tmp_path, monkeypatch, moves):
 def test_a_save_is_a_copy_of_the_moment_and_tied_tensors_stay_one(tmp_path):
     run_dir = begun(tmp_path)
     w = torch.ones(3_000_000)
-    run_dir.save(checkpoint.to_memory(dict(model={'a': w, 'b': w}, optimizer={'state': {0: {'step': torch.tensor(1.0)}}}, iter_num=1)), best=True)
+    run_dir.save(distributed.gather(dict(model={'a': w, 'b': w}, optimizer={'state': {0: {'step': torch.tensor(1.0)}}}, iter_num=1)), best=True)
     w.zero_()  # the training goes on while it is written
     run_dir.close()
     saved = torch.load(tmp_path / 'ckpt.pt', weights_only=True)['model']
