@@ -50,6 +50,7 @@ n_head = 12
 n_embd = 768
 dropout = 0.0
 bias = False
+activation_checkpointing = False  # compute each layer again in the backward pass instead of keeping what is in it
 # system
 seed = 1337
 device = 'auto'  # cpu | cuda | cuda:1 | mps | xpu; auto is the accelerator if there is one
@@ -93,11 +94,14 @@ else:
 windows = np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1)
 
 model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
+for block in model.transformer.h:
+    block.recompute = activation_checkpointing
 num_params, flops_per_token = model.get_num_params(), model.flops_per_token()
 model.to(device, ptdtype if sampling else torch.float32)
 if what == 'train':
     free, asked = checks.free_memory(device), batch_size
-    while free and batch_size > 1 and sum(checks.training_bytes(model.get_num_params(False), model.config, batch_size, dtype, device_type, compile)) > free:
+    while free and batch_size > 1 and sum(checks.training_bytes(model.get_num_params(False), model.config, batch_size, dtype, device_type, compile,
+                                                                      activation_checkpointing)) > free:
         batch_size //= 2
     if batch_size < asked:
         print(f'memory: batch_size={asked} would not fit into the {free / 2 ** 30:.1f} GiB that are free, so it is {batch_size}')

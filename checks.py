@@ -263,20 +263,23 @@ def check_accumulation(gradient_accumulation_steps, world_size):
              f'use --gradient_accumulation_steps={near}')
 
 
-def training_bytes(num_params, config, batch_size, dtype, device_type='cuda', compiled=True):
-    """Bytes that training takes, as (held throughout, activations at their peak); the second is an estimate.
+def training_bytes(num_params, config, batch_size, dtype, device_type='cuda', compiled=True, recompute=False, parallel='ddp', ranks=1):
+    """Bytes that training takes on a rank, as (held throughout, activations at their peak); the second is an estimate.
 
-    Held: float32 weights, gradients and AdamW's two moments, 16 bytes a parameter. Activations: what the backward
-    pass keeps of each layer, about 34 x C bytes a token in 16-bit numbers (Korthikanti et al. 2022,
-    https://arxiv.org/abs/2205.05198, without the attention matrix, which only dropout on a CPU keeps, with masks), and the
-    logits with their gradient, whole if compiled, else in pieces of 2**24.
+    Held: float32 weights, gradients and AdamW's two moments, 4 bytes each a parameter, as far as they aren't shared out
+    (fsdp has the embedding and its gradient whole at times). Activations: what the backward pass keeps of each layer,
+    about 34 x C bytes a token in 16-bit numbers (Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, without the
+    attention matrix, which only dropout on a CPU keeps, with masks), or if it recomputes them of one layer, and of the
+    others what goes in; and the logits with their gradient, whole if compiled, else in pieces of 2**24.
     """
     width, tokens = 1 if dtype != 'float32' else 2, batch_size * config.block_size
-    per_token = 34 * config.n_layer * config.n_embd * width
+    layer = 34 * config.n_embd * width
     if config.dropout and device_type == 'cpu':
-        per_token += 4 * config.n_layer * (config.n_head * config.block_size + config.n_embd) * 2 * width
+        layer += 4 * (config.n_head * config.block_size + config.n_embd) * 2 * width
+    layers = layer + 4 * config.n_layer * config.n_embd if recompute else config.n_layer * layer
     logits = tokens * config.vocab_size if compiled else min(tokens * config.vocab_size, 2 ** 24)
-    return 16 * num_params, tokens * per_token + logits * (4 + 4 + 4 * width)
+    held = {'ddp': 16 * num_params, 'zero1': (8 + 8 / ranks) * num_params, 'fsdp': 16 * num_params / ranks + 8 * config.vocab_size * config.n_embd}
+    return int(held[parallel if ranks > 1 else 'ddp']), tokens * layers + logits * (4 + 4 + 4 * width)
 
 
 def keep_freed_memory():

@@ -308,7 +308,7 @@ class GPT(nn.Module):
             return
         if self.lm_head.weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return
-        for module in list(self.modules()):
+        for module in [m for m in self.modules() if not isinstance(m, nn.Linear)]:  # a list of all would hold every weight twice
             for name, child in module.named_children():
                 if isinstance(child, nn.Linear):
                     setattr(module, name, PackedLinear(child, rows))

@@ -100,6 +100,11 @@ def test_memory_estimate_holds_16_bytes_a_parameter():
     held, small = checks.training_bytes(1000, config, 1, 'bfloat16')
     assert held == 16000 and checks.training_bytes(1000, config, 2, 'bfloat16')[1] == 2 * small < checks.training_bytes(1000, config, 2, 'float32')[1]
     assert checks.training_bytes(1000, config, 2, 'bfloat16', compiled=False)[1] < 2 * small  # never all logits at once
+    assert checks.training_bytes(1000, config, 1, 'bfloat16', recompute=True)[1] < small
+    parts = [[checks.training_bytes(2 ** 30, config, 1, 'bfloat16', parallel=parallel, ranks=ranks)[0] for ranks in (1, 2, 4)]
+             for parallel in ('ddp', 'zero1', 'fsdp')]
+    table = 8 * config.vocab_size * config.n_embd  # fsdp gathers it and its gradient
+    assert parts == [[16 * 2 ** 30] * 3, [2 ** 34, 12 * 2 ** 30, 10 * 2 ** 30], [2 ** 34, 2 ** 33 + table, 2 ** 32 + table]]
 
 
 def maps_huge_pages():
