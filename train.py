@@ -168,9 +168,8 @@ model = distributed.wrap(model, device, parallel)
 
 # -----------------------------------------------------------------------------
 # the data: every window of block_size + 1 tokens of a split, as a view of the file
-windows = {split: np.lib.stride_tricks.sliding_window_view(
-    checks.open_bin(os.path.join(data_dir, f'{split}.bin'), block_size, raw_model.config.vocab_size, meta), block_size + 1)
-    for split in ('train', 'val')}
+tokens = {split: checks.open_bin(os.path.join(data_dir, f'{split}.bin'), block_size, raw_model.config.vocab_size, meta) for split in ('train', 'val')}
+windows = {split: np.lib.stride_tricks.sliding_window_view(tokens[split], block_size + 1) for split in tokens}
 copy_stream = torch.cuda.Stream() if device_type == 'cuda' else None
 
 
@@ -221,6 +220,7 @@ def estimate_loss():
             with ctx:
                 loss = eval_model(*get_batch(split, starts[min(k + ddp_rank, eval_iters - 1)]), return_logits=False)[1]
             loss_sum += loss * (k + ddp_rank < eval_iters)
+            checks.forget_pages(tokens[split])
             if distributed.wishes()[0]:
                 eval_model.train()
                 return None
@@ -291,13 +291,12 @@ def never_fatal(call, *args):
 if iter_num >= max_iters > 0 and was_finished and not eval_only:
     say(f'the run in {out_dir} is finished: it has {iter_num} iterations, max_iters is {max_iters}; a larger --max_iters goes on')
     distributed.shutdown()
-train_tokens = len(windows['train']) + block_size
 say(f'model: {origin}, {raw_model.get_num_params() / 1e6:.2f}M parameters, vocabulary {raw_model.config.vocab_size}'
     + (f' (the checkpoint overrules {", ".join(overruled)})' if overruled else ''))
-say(f'data: {data_dir} ({"its own vocabulary" if meta else "no meta.pkl: GPT-2 BPE"}), {train_tokens:,} train and '
-    f'{len(windows["val"]) + block_size:,} val tokens; {tokens_per_iter:,} tokens/iter = '
+say(f'data: {data_dir} ({"its own vocabulary" if meta else "no meta.pkl: GPT-2 BPE"}), {len(tokens["train"]):,} train and '
+    f'{len(tokens["val"]):,} val tokens; {tokens_per_iter:,} tokens/iter = '
     f'{gradient_accumulation_steps // ddp_world_size} accumulation x {ddp_world_size} ranks x {batch_size} batch x {block_size} block; '
-    f'{max_iters} iterations are {max_iters * tokens_per_iter / train_tokens:.2f} epochs')
+    f'{max_iters} iterations are {max_iters * tokens_per_iter / len(tokens["train"]):.2f} epochs')
 say(f'machine: {device} ({device_why}), {dtype} ({dtype_why}), {"compiled" if compile else "not compiled"} ({compile_why})'
     + (f', {ddp_world_size} ranks over {backend}' if backend else ''))
 held, activations = checks.training_bytes(raw_model.get_num_params(False), raw_model.config, batch_size, dtype, device_type, compile,
@@ -381,6 +380,7 @@ while True:
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
+    checks.forget_pages(tokens['train'])
 
     # once in a while: a line of progress
     if iter_num % log_interval == 0:

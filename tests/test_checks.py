@@ -138,3 +138,18 @@ def test_freed_memory_is_kept():
 def test_free_memory_is_known_on_linux():
     free = checks.free_memory('cpu')
     assert free is None or 2 ** 20 < free < 2 ** 50
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='needs Linux, where a process can ask for its pages')
+def test_what_was_read_of_a_bin_does_not_stay_in_the_process(tmp_path):
+    def mapped():
+        with open('/proc/self/status') as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith('RssFile'))
+    path = tmp_path / 'train.bin'
+    np.arange(2 ** 25, dtype='<u2').tofile(path)  # 64 MiB
+    tokens = checks.open_bin(str(path), 8, 2 ** 16)
+    before = mapped()
+    total = int(tokens.sum())
+    assert mapped() > before + 2 ** 25
+    checks.forget_pages(tokens)
+    assert mapped() < before + 2 ** 24 and int(tokens.sum()) == total
