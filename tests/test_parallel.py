@@ -68,3 +68,12 @@ def test_recomputing_changes_nothing(args, single, tmp_path):
     out_dir, dropout = single
     run('train.py', *args, f'--dropout={dropout}', f'--out_dir={tmp_path}', '--activation_checkpointing=True')
     assert equal_states(out_dir / 'ckpt.pt', tmp_path / 'ckpt.pt')
+
+
+@pytest.mark.slow
+def test_layers_compiled_one_by_one(args, tmp_path):
+    for compiled in (True, False):
+        start(2, *args, f'--out_dir={tmp_path / str(compiled)}', '--parallel=fsdp', f'--compile={compiled}', f'--activation_checkpointing={compiled}')
+    plain, compiled = losses(tmp_path / 'False'), losses(tmp_path / 'True')
+    assert plain.keys() == compiled.keys() and all(compiled[key] == pytest.approx(value, rel=1e-3) for key, value in plain.items())
+    assert list(checkpoint.load(str(tmp_path / 'True' / 'ckpt.pt'))['model']) == list(checkpoint.load(str(tmp_path / 'False' / 'ckpt.pt'))['model'])
