@@ -307,6 +307,7 @@ if profiler:
 dt = statistics.median(times)
 result = dict(what=what, compare=compare, device=torch.cuda.get_device_name(device) if device_type == 'cuda' else device, dtype=dtype, compile=compile,
               torch=torch.__version__, python=platform.python_version(), date=datetime.date.today().isoformat(), n_layer=n_layer, n_embd=n_embd,
+              dropout=dropout, activation_checkpointing=activation_checkpointing,
               batch_size=num_samples if sampling else batch_size, block_size=block_size, times=len(times), ms_per_iter=1000 * dt, peak_memory_bytes=memory)
 print(f'\n{"":26}{"min":>12} {"median":>12} {"max":>12}   of {len(times)}')
 print(f'{"ms a time, ours":26}{1000 * min(times):12.3f} {1000 * dt:12.3f} {1000 * max(times):12.3f}')
