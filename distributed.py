@@ -118,9 +118,10 @@ def wrap(model, device, parallel):
 
 
 def sync_gradients(model, now):
-    """Context of one micro-step: gradients travel in the last one only, their sum once instead of every part."""
-    if hasattr(model, 'set_requires_gradient_sync'):
-        model.set_requires_gradient_sync(now)
+    """Context of one micro-step: gradients travel in the last one only, their sum once instead of every part.
+
+    With fsdp they do in each: until then a rank would hold them whole.
+    """
     return model.no_sync() if hasattr(model, 'no_sync') and not now else nullcontext()
 
 

@@ -299,8 +299,8 @@ say(f'data: {data_dir} ({"its own vocabulary" if meta else "no meta.pkl: GPT-2 B
     f'{max_iters} iterations are {max_iters * tokens_per_iter / len(tokens["train"]):.2f} epochs')
 say(f'machine: {device} ({device_why}), {dtype} ({dtype_why}), {"compiled" if compile else "not compiled"} ({compile_why})'
     + (f', {ddp_world_size} ranks over {backend}' if backend else ''))
-held, activations = checks.training_bytes(raw_model.get_num_params(False), raw_model.config, batch_size, dtype, device_type, compile,
-                                          activation_checkpointing, parallel, ddp_world_size)
+held, activations = checks.training_bytes(raw_model.get_num_params(False), raw_model.config, batch_size, dtype, device_type,
+                                          compile and not distributed.is_sharded(raw_model), activation_checkpointing, parallel, ddp_world_size)
 say(f'memory: {held / 2**30:.2f} GiB for weights, gradients and AdamW, about {activations / 2**30:.2f} GiB for activations'
     + (', on each rank' if ddp_world_size > 1 else ''))
 checks.check_memory(held * (3 if init_from != 'resume' else 1) // 4 + activations, device)  # beyond what is there by now

@@ -2,9 +2,11 @@
 What each rank holds while a model is trained, measured: its part of the weights, the gradients and AdamW's moments after
 one update, what saving adds, and the peak of the process, all in MiB.
 
+    export MALLOC_MMAP_THRESHOLD_=65536 OMP_NUM_THREADS=1
     torchrun --nproc_per_node=4 recipes/memory.py --parallel=fsdp --n_layer=24 --n_head=16 --n_embd=1024
 
-Prints a line of JSON for each rank. On Linux; on a CPU the process's memory is the device's.
+Prints a line of JSON for each rank. On Linux; on a CPU the process's memory is the device's (the first variable has what
+is freed leave the process, or its peak would show what the C library keeps).
 """
 import json
 import os
@@ -24,6 +26,8 @@ block_size = 1024
 vocab_size = 50304
 batch_size = 1  # sequences a rank
 tokens = 64  # of a sequence
+micro_steps = 2  # an update
+dtype = 'float32'  # float32 | bfloat16
 parallel = 'ddp'  # ddp | zero1 | fsdp
 activation_checkpointing = False
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'configurator.py'), encoding='utf-8').read())
@@ -57,8 +61,12 @@ optimizer = distributed.shard_optimizer(model.configure_optimizers(0.1, 6e-4, (0
 model = distributed.wrap(model, 'cpu', parallel)
 forget_peak()
 for step in range(2):
-    x = torch.randint(vocab_size, (batch_size, tokens + 1))
-    model(x[:, :-1], x[:, 1:], return_logits=False)[1].backward()
+    for micro_step in range(micro_steps):
+        x = torch.randint(vocab_size, (batch_size, tokens + 1))
+        with distributed.sync_gradients(model, now=micro_step == micro_steps - 1):
+            with torch.autocast('cpu', getattr(torch, dtype), enabled=dtype != 'float32'):
+                loss = model(x[:, :-1], x[:, 1:], return_logits=False)[1]
+            loss.backward()
     gradients = mib(p.grad for p in raw_model.parameters())
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

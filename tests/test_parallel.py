@@ -39,8 +39,11 @@ def test_equals_one_process(args, single, tmp_path, parallel, ranks):
     one, many = (checkpoint.load(str(path / 'ckpt.pt')) for path in (out_dir, tmp_path))
     assert list(one['model']) == list(many['model']) and one['model_args'] == many['model_args'] and one['optimizer'].keys() == many['optimizer'].keys()
     assert one['optimizer']['param_groups'] == many['optimizer']['param_groups']
-    for i, state in one['optimizer']['state'].items():
-        assert all(type(many['optimizer']['state'][i][k]) is torch.Tensor and many['optimizer']['state'][i][k].shape == v.shape for k, v in state.items())
+    torch.testing.assert_close(many['model'], one['model'], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(many['optimizer']['state'], one['optimizer']['state'], rtol=1e-2, atol=1e-5)
+    texts = [run('sample.py', f'--out_dir={path}', '--temperature=0', '--num_samples=1', '--max_new_tokens=40', '--dtype=float32').stdout
+             for path in (out_dir, tmp_path)]
+    assert texts[0] == texts[1]
     assert abs((tmp_path / 'ckpt.pt').stat().st_size - (out_dir / 'ckpt.pt').stat().st_size) < 5000  # tied weights are written once
 
 
