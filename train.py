@@ -94,7 +94,7 @@ if parallel not in ('ddp', 'zero1', 'fsdp'):
     checks.fail(f'parallel={parallel!r} is not known', 'try ddp, zero1 or fsdp')
 if parallel == 'fsdp' and dtype == 'float16':
     checks.fail('fsdp does not scale the loss as float16 needs it', 'try --dtype=bfloat16 or --parallel=zero1')
-if device_type == 'cpu':
+if device_type == 'cpu' and parallel != 'fsdp':  # which gathers to free again: kept, that would be more than it saves
     checks.keep_freed_memory()
 checks.explain_crashes(device, config)
 run_dir = checkpoint.RunDir(out_dir) if master_process and not eval_only else None  # before it is read: nobody else may write
@@ -298,7 +298,7 @@ say(f'data: {data_dir} ({"its own vocabulary" if meta else "no meta.pkl: GPT-2 B
     f'{gradient_accumulation_steps // ddp_world_size} accumulation x {ddp_world_size} ranks x {batch_size} batch x {block_size} block; '
     f'{max_iters} iterations are {max_iters * tokens_per_iter / len(tokens["train"]):.2f} epochs')
 say(f'machine: {device} ({device_why}), {dtype} ({dtype_why}), {"compiled" if compile else "not compiled"} ({compile_why})'
-    + (f', {ddp_world_size} ranks over {backend}' if backend else ''))
+    + (f', {ddp_world_size} ranks over {backend}, {parallel}' if backend else ''))
 held, activations = checks.training_bytes(raw_model.get_num_params(False), raw_model.config, batch_size, dtype, device_type,
                                           compile and not distributed.is_sharded(raw_model), activation_checkpointing, parallel, ddp_world_size)
 say(f'memory: {held / 2**30:.2f} GiB for weights, gradients and AdamW, about {activations / 2**30:.2f} GiB for activations'
@@ -409,7 +409,9 @@ if run_dir and not saved:
     status = status or 1
     checks.complain(f'the state after {iter_num} iterations could not be saved in {out_dir}', 'what was saved before is still there')
 elif finished and not eval_only:
-    say(f'saved {saved} after {iter_num} iterations; sample from it: python {checks.shown(os.path.join(checks.REPO, "sample.py"))} --out_dir={out_dir}')
+    best = os.path.join(out_dir, checkpoint.BEST)  # which sample.py takes if there is one
+    which = 'it' if saved == best or not os.path.exists(best) else f'the best, {best}'
+    say(f'saved {saved} after {iter_num} iterations; sample from {which}: python {checks.shown(os.path.join(checks.REPO, "sample.py"))} --out_dir={out_dir}')
 elif stop:
     words = [word for word in sys.argv if not word.startswith('--init_from')] + ['--init_from=resume']
     again = shlex.join(['python', *words]) if ddp_world_size == 1 else 'the same command with --init_from=resume'

@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 import distributed
+from checks import fail
 from model import GPT, GPTConfig
 
 # the model, and how it is trained
@@ -50,6 +51,8 @@ def forget_peak():
         f.write('5')
 
 
+if parallel not in ('ddp', 'zero1', 'fsdp'):
+    fail(f'parallel={parallel!r} is not known', 'try ddp, zero1 or fsdp')
 rank, _, size = distributed.ranks()
 distributed.init('auto', 'cpu')
 empty = memory('VmRSS')
