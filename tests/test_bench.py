@@ -33,7 +33,8 @@ def test_a_profile(tmp_path):
 
 
 @pytest.mark.parametrize('what, compare, tokens, extra', [
-    ('train', 'hf', 4 * 32, {'share_of_matmul_rate', 'mfu', 'loss'}), pytest.param('data', 'slices', 4 * 32, set(), marks=pytest.mark.slow),
+    pytest.param('train', 'hf', 4 * 32, {'share_of_matmul_rate', 'mfu', 'loss'}, marks=pytest.mark.slow),
+    pytest.param('data', 'slices', 4 * 32, set(), marks=pytest.mark.slow),
     pytest.param('prefill', 'hf', 2 * 31, {'share_of_matmul_rate'}, marks=pytest.mark.slow), ('decode', 'hf', 2 * 5, {'share_of_read_rate'})])
 def test_beside_what_others_do(tmp_path, char_data, what, compare, tokens, extra):
     out, result = bench(f'--what={what}', f'--compare={compare}', f'--dataset={char_data}', '--num_samples=2', '--max_new_tokens=5', cwd=tmp_path)

@@ -61,7 +61,7 @@ def openwebtext(tmp_path, *args, **kw):
     return run('data/openwebtext/prepare.py', f'--out_dir={tmp_path / "out"}', '--num_proc=2', *args, HF_DATASETS_CACHE=str(tmp_path / 'cache'), **kw)
 
 
-@pytest.mark.parametrize('kind', ['parquet', 'jsonl', 'txt.gz'])
+@pytest.mark.parametrize('kind', [pytest.param('parquet', marks=pytest.mark.slow), 'jsonl', pytest.param('txt.gz', marks=pytest.mark.slow)])
 def test_openwebtext_from_local_files(tmp_path, shakespeare, bpe, golden_data, kind):
     texts = paragraphs(shakespeare)
     facts = golden_data['openwebtext_from_paragraphs']

@@ -58,6 +58,7 @@ def weights(config):
     return 2 * GPT.on_meta(config).get_num_params(non_embedding=False)
 
 
+@pytest.mark.slow
 def test_scoring_takes_little_beside_the_weights(shape):
     folder, config = shape
     assert peak(folder, 'score') < weights(config) + 300e6  # a third of the logits at a time, and the activations
