@@ -77,15 +77,19 @@ def fresh_store(rank, size):
     return dist.PrefixStore(prefix, store)
 
 
-def shard(model, device, parallel, compile=False):
+def shard(model, device, parallel, dtype='float32', compile=False):
     """Moves the model to the device; with fsdp, of each weight this rank's part alone."""
     if parallel == 'fsdp' and dist.is_initialized():
-        from torch.distributed.fsdp import fully_shard  # here, as are others: a second that only those who use it wait for
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here, as are others: a second that only those who use it wait for
         mesh = dist.init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+        # a layer's matrices are gathered in the format that they are multiplied in: autocast would keep a copy of each,
+        # whole, until the backward pass. The norms and embeddings stay in float32, as under autocast
+        policy = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.transformer.h:
             if compile:
-                block.compile()
-            fully_shard(block, mesh=mesh)
+                block.attn.compile()
+                block.mlp.compile()
+            fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh)
     return model.to(device)
 

@@ -146,7 +146,7 @@ overruled = [f'{k}={config[k]}' for k in ('n_layer', 'n_head', 'n_embd', 'bias')
 model_args = {k: getattr(model.config, k) for k in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')}
 for block in model.transformer.h:
     block.recompute = activation_checkpointing
-model = distributed.shard(model, device, parallel, compile)
+model = distributed.shard(model, device, parallel, dtype, compile)
 raw_model = model  # the one that is saved: without the prefixes that compiling and wrapping put before its names
 
 optimizer = distributed.shard_optimizer(model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type), parallel)

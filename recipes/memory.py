@@ -1,6 +1,7 @@
 """
-What each rank holds while a model is trained, measured: its part of the weights, the gradients and AdamW's moments after
-one update, what saving adds, and the peak of the process, all in MiB.
+What each rank holds while a model is trained, measured, in MiB: its part of the weights, gradients and AdamW's moments,
+together "held"; its process beyond the empty one, at most in two updates (training_peak) and after them (after); and what
+saving adds to that.
 
     export MALLOC_MMAP_THRESHOLD_=65536 OMP_NUM_THREADS=1
     torchrun --nproc_per_node=4 recipes/memory.py --parallel=fsdp --n_layer=24 --n_head=16 --n_embd=1024
@@ -53,13 +54,15 @@ def forget_peak():
 
 if parallel not in ('ddp', 'zero1', 'fsdp'):
     fail(f'parallel={parallel!r} is not known', 'try ddp, zero1 or fsdp')
+if dtype not in ('float32', 'bfloat16'):
+    fail(f'dtype={dtype!r} is not known', 'try float32 or bfloat16')
 rank, _, size = distributed.ranks()
 distributed.init('auto', 'cpu')
 empty = memory('VmRSS')
 model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, bias=False))
 for block in model.transformer.h:
     block.recompute = activation_checkpointing
-raw_model = model = distributed.shard(model, 'cpu', parallel)
+raw_model = model = distributed.shard(model, 'cpu', parallel, dtype)
 optimizer = distributed.shard_optimizer(model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), 'cpu'), parallel)
 model = distributed.wrap(model, 'cpu', parallel)
 forget_peak()
@@ -73,11 +76,13 @@ for step in range(2):
     gradients = mib(p.grad for p in raw_model.parameters())
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-result = dict(parallel=parallel, ranks=size, rank=rank, parameters=sum(p.numel() for p in raw_model.parameters()), weights=mib(raw_model.parameters()),
-              gradients=gradients, moments=mib(t for state in distributed.inner(optimizer).state.values() for t in state.values() if t.dim()),
+weights, moments = mib(raw_model.parameters()), mib(t for state in distributed.inner(optimizer).state.values() for t in state.values() if t.dim())
+result = dict(parallel=parallel, ranks=size, rank=rank, dtype=dtype, parameters=sum(p.numel() for p in raw_model.parameters()), weights=weights,
+              gradients=gradients, moments=moments, held=weights + gradients + moments,
               training_peak=memory('VmHWM') - empty, after=memory('VmRSS') - empty)
 forget_peak()
 state = distributed.gather(raw_model.state_dict(keep_vars=True), rank == 0), distributed.gather_optimizer(optimizer, rank == 0)
 result['saving_adds'] = memory('VmHWM') - empty - result['after']
-print(json.dumps({key: round(value, 1) if isinstance(value, float) else value for key, value in result.items()}), flush=True)
+line = json.dumps({key: round(value, 1) if isinstance(value, float) else value for key, value in result.items()})
+sys.stdout.write(line + '\n')  # at once, or the ranks' lines would mix
 distributed.shutdown()

@@ -1,12 +1,14 @@
-"""The memory that sampling and scoring take, beside that of the weights."""
+"""The memory that sampling, scoring, training in parts and reading data take."""
 import json
 import os
+import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY
 from safetensors.torch import save_file
 
 from convert import TRANSPOSED
@@ -75,3 +77,33 @@ def test_sampling_takes_little_beside_the_weights(bpe, shape):
     assert three - one < 2 * cache + 20e6
     if config.n_layer == 48:
         assert one < 1.15 * weights(config)
+
+
+@pytest.mark.slow
+def test_fsdp_holds_its_part():
+    peaks = {}
+    for dtype in ('float32', 'bfloat16'):
+        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', os.path.join(ROOT, 'recipes', 'memory.py'),
+                   '--parallel=fsdp', '--n_layer=24', '--n_head=8', '--n_embd=512', '--vocab_size=512', f'--dtype={dtype}']
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536', 'OMP_NUM_THREADS': '1'})
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.strip().splitlines()
+        assert len(lines) == 2
+        for m in map(json.loads, lines):
+            part = m['parameters'] * 4 / 2 ** 20 / 2
+            assert (m['weights'], m['gradients'], m['moments']) == pytest.approx((part, part, 2 * part), rel=0.01)
+            peaks[dtype] = max(m['training_peak'], peaks.get(dtype, 0))
+    assert peaks['bfloat16'] < 1.05 * peaks['float32']  # a copy of each layer that autocast kept would add 144 MiB, 0.2 of it
+
+
+def test_data_larger_than_what_is_kept(tmp_path):
+    with open(tmp_path / 'train.bin', 'wb') as f:
+        f.truncate(2 ** 30)  # zeros without room on the disk
+    np.zeros(2 ** 16, np.uint16).tofile(tmp_path / 'val.bin')
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 64}))
+    # an iteration reads 480 windows all over the file, and the system some more around each: left in memory they would be 300 MB after 80
+    command = [sys.executable, os.path.join(ROOT, 'train.py'), *TINY, f'--dataset={tmp_path}', f'--out_dir={tmp_path / "out"}', '--n_embd=8', '--n_layer=1',
+               '--batch_size=480', '--max_iters=80', '--eval_interval=80', '--eval_iters=80']
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        _, status, used = os.wait4(process.pid, 0)
+    assert status == 0 and used.ru_maxrss < 480 * 1024  # KiB
