@@ -3,8 +3,9 @@ Trains a GPT from scratch, resumes a run, or finetunes GPT-2.
 
 One GPU, CPU or Mac:       python train.py config/train_python_char.py
 8 GPUs of one machine:     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-2 machines of 8 GPUs, on each, with its own node_rank and the first one's address:
-    torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train.py config/train_gpt2.py
+2 machines of 8 GPUs, on each, with its own node_rank and the first one's address, 3 micro-batches a rank:
+    torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 \
+        train.py config/train_gpt2.py --gradient_accumulation_steps=48
 
 Every knob below can be set in a config file or as --key=value; --help lists them.
 """
@@ -298,7 +299,7 @@ say(f'data: {data_dir} ({"its own vocabulary" if meta else "no meta.pkl: GPT-2 B
     f'{gradient_accumulation_steps // ddp_world_size} accumulation x {ddp_world_size} ranks x {batch_size} batch x {block_size} block; '
     f'{max_iters} iterations are {max_iters * tokens_per_iter / len(tokens["train"]):.2f} epochs')
 say(f'machine: {device} ({device_why}), {dtype} ({dtype_why}), {"compiled" if compile else "not compiled"} ({compile_why})'
-    + (f', {ddp_world_size} ranks over {backend}, {parallel}' if backend else ''))
+    + (f', {ddp_world_size} ranks over {backend}, {parallel}' if backend else f'; {parallel} is for several processes' if parallel != 'ddp' else ''))
 held, activations = checks.training_bytes(raw_model.get_num_params(False), raw_model.config, batch_size, dtype, device_type,
                                           compile and not distributed.is_sharded(raw_model), activation_checkpointing, parallel, ddp_world_size)
 say(f'memory: {held / 2**30:.2f} GiB for weights, gradients and AdamW, about {activations / 2**30:.2f} GiB for activations'
