@@ -17,10 +17,10 @@ import zipfile
 
 import torch
 
-from checks import fail, first_line, say, warn
+from checks import check_vocabulary, fail, first_line, is_gpt2, locate_data, say, warn
 from distributed import inner, like
 from model import GPT, GPTConfig
-from tokenizer import check_meta
+from tokenizer import check_meta, read_meta
 
 try:
     import fcntl
@@ -312,6 +312,30 @@ def _first_readable(out_dir, newest):
     if not found:
         fail(f'no checkpoint that can be read in {out_dir}', 'train first, or name the run\'s folder with --out_dir', who='node')
     return max(found, key=lambda pair: pair[0]['iter_num'])
+
+
+def describe(config, meta):
+    """What a checkpoint says of a model: model_args with nanoGPT's keys, and keys of ours, which nanoGPT ignores.
+
+    meta, the dataset's character table or None, so that the checkpoint can be sampled from without its data.
+    """
+    args = {key: getattr(config, key) for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')}
+    ours = dict(meta=meta, gelu=config.gelu if config.gelu != 'none' else None)
+    return dict(model_args=args, **{key: value for key, value in ours.items() if value})
+
+
+def find_meta(state, out_dir, path):
+    """The meta dict of a checkpoint that load() has read from path in out_dir; None means GPT-2's BPE.
+
+    nanoGPT's have none in them: there it is in the dataset's folder, if that is here, or beside the checkpoint.
+    """
+    if 'meta' in state or is_gpt2(state['model_args']['vocab_size']):
+        return state.get('meta')
+    dataset = state.get('config', {}).get('dataset', '')
+    data_dir = locate_data(dataset) if isinstance(dataset, str) else None
+    meta = read_meta(out_dir) or (read_meta(data_dir) if data_dir else None)
+    check_vocabulary(meta, state, f'dataset {dataset!r}, as far as it is here,', path, 'put the meta.pkl of its dataset beside it')
+    return meta
 
 
 def build_model(state, dropout=0.0, dtype=torch.float32):

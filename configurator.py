@@ -21,6 +21,7 @@ def _configure():
     import math
     import numbers
     import os
+    import re
     import sys
     import time
     import tokenize
@@ -37,7 +38,7 @@ def _configure():
             return {}
         lines, knobs, heading, seen = source.splitlines(), {}, '', 0
         for node in ast.parse(source).body:
-            if isinstance(node, ast.Expr) and 'configurator.py' in ast.unparse(node) and isinstance(node.value, ast.Call):
+            if re.search(r'\bexec\(.*configurator\.py', ast.unparse(node)):  # may be within `if __name__ == '__main__':`
                 return {name: knob for name, knob in knobs.items() if isinstance(knob[0], (bool, int, float, str))}
             for line in lines[seen:node.lineno - 1]:
                 if line.startswith('#') and line.strip('#- '):

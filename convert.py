@@ -1,8 +1,11 @@
 """
 Between Hugging Face's GPT-2 format and ours.
 
-read_hf() takes a folder that transformers has saved, or one of GPT-2's four names on the hub, and gives the arguments and
-tensors of a GPT. Only config.json and safetensors files are read: data, no code.
+    python convert.py --out_dir=out-shakespeare-char --hf_dir=my-gpt2      a checkpoint, as a folder that transformers loads
+    python convert.py --to=native --hf_dir=my-gpt2 --out_dir=out-my-gpt2   and back, without the optimizer's state
+
+train.py and sample.py take such a folder as it is, too: --init_from=my-gpt2. Only its config.json, tokenizer.json and
+safetensors files are read: data, no code.
 """
 import json
 import math
@@ -10,8 +13,17 @@ import os
 
 import torch
 
-from checkpoint import check_shapes
-from checks import fail, first_line
+import checkpoint
+from checks import REPO, fail, first_line, make_folder, say, shown
+from model import GPT
+from tokenizer import END_OF_TEXT, check_meta, get_tokenizer
+
+# what
+to = 'hf'  # hf (out_dir's checkpoint -> hf_dir) | native (hf_dir -> out_dir/ckpt.pt)
+out_dir = 'out'  # the checkpoint's folder
+hf_dir = ''  # the folder for transformers; for --to=native also gpt2, gpt2-medium, gpt2-large or gpt2-xl
+if __name__ == '__main__':
+    exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
 GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 # Hugging Face keeps these as Conv1D, (in, out): the transpose of a Linear's weight
@@ -52,7 +64,7 @@ def read_hf(model_type, dtype=torch.float32):
         unfit.append(f'n_inner={hf["n_inner"]!r}')
     if unfit:
         fail(f'{model_type} is no plain GPT-2: {", ".join(unfit)[:200]}', 'this model has no such option')
-    args = dict(sizes, bias=True, gelu=GELUS[gelu])
+    args = dict(sizes, bias=hf.get('bias') is not False, gelu=GELUS[gelu])
     return args, _read_tensors(folder, args, dtype)
 
 
@@ -83,13 +95,15 @@ def _read_tensors(folder, args, dtype):
                     ours = 'transformer.' + key.removeprefix('transformer.')
                     if key == 'lm_head.weight' or ours.endswith(('.attn.bias', '.attn.masked_bias')):
                         continue  # the embedding once more; and masks, not weights
+                    if ours.endswith('.bias') and not args['bias']:
+                        continue  # GPT-2's format has them in any case: zeros
                     piece = f.get_slice(key)
                     if piece.get_dtype() not in ('F64', 'F32', 'F16', 'BF16'):
                         raise ValueError(f'{key} is in {piece.get_dtype()}')
                     shape = piece.get_shape()
                     places[ours], shapes[ours] = (path, key), shape[::-1] if ours.endswith(TRANSPOSED) else shape
         shapes['lm_head.weight'] = shapes.get('transformer.wte.weight', ())
-        check_shapes(args, shapes)
+        checkpoint.check_shapes(args, shapes)
         # the largest first: while one is copied its pages count too, and then little else is there yet
         for ours in sorted(places, key=lambda name: -math.prod(shapes[name])):
             path, key = places[ours]
@@ -103,3 +117,89 @@ def _read_tensors(folder, args, dtype):
         fail(f'{path} does not hold the weights of the GPT-2 in its config.json ({first_line(e)})', 'download or save it again')
     tensors['lm_head.weight'] = tensors['transformer.wte.weight']
     return tensors
+
+
+def read_characters(init_from):
+    """The meta dict of a folder that write_hf() has made of a character model; None means GPT-2's BPE."""
+    path = os.path.join(init_from, 'tokenizer.json')
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, encoding='utf-8') as f:
+            table = json.loads(f.read(2 ** 25))['model']
+        if table['type'] != 'WordLevel':
+            return None
+        meta = dict(vocab_size=len(table['vocab']), stoi=table['vocab'], itos={i: c for c, i in table['vocab'].items()})
+        check_meta(meta)
+        if any(len(c) != 1 for c in meta['stoi']):
+            raise ValueError('its tokens are no characters')
+    except Exception as e:  # it may hold anything
+        fail(f'{path} is no table of characters ({first_line(e)})', 'save the folder again')
+    return meta
+
+
+def write_hf(model, hf_dir, meta=None):
+    """Writes a GPT as an empty folder's model.safetensors, config.json, generation_config.json and tokenizer, in GPT-2's format.
+
+    The tokenizer is that of meta, a dataset's characters, or GPT-2's; rows that pad the vocabulary beyond it are left out.
+    transformers needs nothing of ours to load it. Fails if the model isn't one that GPT-2's format can hold.
+    """
+    from safetensors.torch import save_file
+    from transformers import GenerationConfig, GPT2Config
+    c, tokenizer = model.config, hf_tokenizer(meta)
+    vocab_size = len(tokenizer)
+    if vocab_size > c.vocab_size:
+        fail(f'the model has a vocabulary of {c.vocab_size}, but its tokenizer has {vocab_size}', 'put the meta.pkl of its dataset beside the checkpoint')
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name != 'lm_head.weight':  # the embedding once more
+            tensor = tensor[:vocab_size] if name == 'transformer.wte.weight' else tensor.t() if name.endswith(TRANSPOSED) else tensor
+            tensors[name] = tensor.contiguous()
+            if not c.bias and name.endswith(('.weight')) and 'wte' not in name and 'wpe' not in name:
+                tensors[name.replace('.weight', '.bias')] = tensor.new_zeros(tensor.size(-1))
+    end = tokenizer.eos_token_id
+    config = GPT2Config(architectures=['GPT2LMHeadModel'], vocab_size=vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+                        n_head=c.n_head, activation_function={gelu: name for name, gelu in reversed(GELUS.items())}[c.gelu], resid_pdrop=c.dropout,
+                        embd_pdrop=c.dropout, attn_pdrop=c.dropout, bos_token_id=end, eos_token_id=end, dtype='float32', bias=c.bias)
+    make_folder(hf_dir)
+    save_file(tensors, os.path.join(hf_dir, 'model.safetensors'), metadata={'format': 'pt'})
+    tokenizer.save_pretrained(hf_dir)
+    GenerationConfig(bos_token_id=end, eos_token_id=end).save_pretrained(hf_dir)
+    config.save_pretrained(hf_dir)  # last: with it the folder is whole
+
+
+def hf_tokenizer(meta):
+    """The characters of a meta dict, or None's GPT-2 BPE, as a tokenizer of transformers' that gives the same ids."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    ours = get_tokenizer(meta)
+    if meta:
+        made, special = Tokenizer(models.WordLevel(ours.stoi)), {}
+        made.pre_tokenizer, made.decoder = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated'), decoders.Fuse()
+    else:
+        converter = TikTokenConverter(pattern=ours.bpe._pat_str, extra_special_tokens=ours.bpe._special_tokens)
+        converter.load_tiktoken_bpe = lambda path: ours.bpe._mergeable_ranks
+        made, special = converter.converted(), dict(bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+    return PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=False, **special)
+
+
+# -----------------------------------------------------------------------------
+if __name__ == '__main__':
+    if to not in ('hf', 'native') or not hf_dir:
+        fail(f'to={to!r}, hf_dir={hf_dir!r} say not what to convert', 'python convert.py --out_dir=out --hf_dir=my-gpt2')
+    if to == 'hf':
+        if os.path.isdir(hf_dir) and os.listdir(hf_dir):
+            fail(f'{hf_dir} is not empty', 'name a new folder with --hf_dir')
+        state, path = checkpoint.load_best(out_dir)
+        meta = checkpoint.find_meta(state, out_dir, path)
+        write_hf(checkpoint.build_model(state, state['model_args'].get('dropout', 0.0)), hf_dir, meta)
+        say(f'{path} is in {hf_dir} now; try it: python -c "from transformers import pipeline; '
+            f"print(pipeline('text-generation', {hf_dir!r})('A'))\"")
+    else:
+        if checkpoint.exists(out_dir):
+            fail(f'{out_dir} already has a checkpoint', 'name a new folder with --out_dir')
+        model, meta = GPT.from_pretrained(hf_dir), read_characters(hf_dir)
+        make_folder(out_dir)
+        path = checkpoint.save(dict(checkpoint.describe(model.config, meta), model=model.state_dict(), iter_num=0, best_val_loss=math.inf, config={}), out_dir)
+        say(f'{hf_dir} is in {path} now; sample from it: python {shown(os.path.join(REPO, "sample.py"))} --out_dir={out_dir}')

@@ -19,7 +19,7 @@ import checkpoint
 import checks
 import convert
 from model import GPT
-from tokenizer import get_tokenizer, read_meta
+from tokenizer import get_tokenizer
 
 # what
 init_from = 'resume'  # resume (the checkpoint in out_dir) | gpt2{,-medium,-large,-xl} | folder saved by transformers
@@ -79,17 +79,11 @@ if device_type == 'cuda':
 # the model and its tokenizer
 if init_from == 'resume':
     state, path = checkpoint.load_best(out_dir)
-    model, meta = checkpoint.build_model(state, dtype=getattr(torch, dtype)), state.get('meta')
-    dataset = state.get('config', {}).get('dataset', '')
-    dataset = dataset if isinstance(dataset, str) else ''
-    if meta is None and not checks.is_gpt2(state['model_args']['vocab_size']):  # a checkpoint of nanoGPT's: the table is in its data folder
-        data_dir = checks.locate_data(dataset)
-        meta = read_meta(out_dir) or (read_meta(data_dir) if data_dir else None)
-        checks.check_vocabulary(meta, state, f'dataset {dataset!r}, as far as it is here,', path, 'put the meta.pkl of its dataset beside it')
+    model, meta = checkpoint.build_model(state, dtype=getattr(torch, dtype)), checkpoint.find_meta(state, out_dir, path)
     origin = f'{path}, iteration {state["iter_num"]}, best val loss {state.get("best_val_loss", math.inf):.4f}'
     state = None
 elif convert.is_hf(init_from):
-    model, meta, origin = GPT.from_pretrained(init_from, dict(dropout=0.0), getattr(torch, dtype)), None, init_from
+    model, meta, origin = GPT.from_pretrained(init_from, dict(dropout=0.0), getattr(torch, dtype)), convert.read_characters(init_from), init_from
 else:
     checks.fail(f'init_from={init_from!r} is not known',
                 'use resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder saved by transformers')

@@ -128,9 +128,8 @@ elif init_from == 'resume':
     iter_num, best_val_loss, was_finished = state['iter_num'], state.get('best_val_loss', math.inf), state.get('finished', False)
     origin = f'resumed from {path} at iteration {iter_num}'
 elif convert.is_hf(init_from):
-    if meta:
-        checks.fail(f'{init_from} reads GPT-2 BPE, but {data_dir} has its own vocabulary', 'use --dataset=shakespeare or openwebtext')
     model = GPT.from_pretrained(init_from, dict(dropout=dropout))
+    checks.check_vocabulary(meta, checkpoint.describe(model.config, convert.read_characters(init_from)), data_dir, init_from)
     origin = f'from {init_from}'
 else:
     checks.fail(f'init_from={init_from!r} is not known',
@@ -144,7 +143,6 @@ if not distributed.same(iter_num):
     checks.fail(f'the ranks found different checkpoints in {out_dir}: rank {ddp_rank} is at iteration {iter_num}',
                 'out_dir must be a folder that all machines share, or the same on each', who='rank')
 overruled = [f'{k}={config[k]}' for k in ('n_layer', 'n_head', 'n_embd', 'bias') if config[k] != getattr(model.config, k)]
-model_args = {k: getattr(model.config, k) for k in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')}
 for block in model.transformer.h:
     block.recompute = activation_checkpointing
 model = distributed.shard(model, device, parallel, dtype, compile)
@@ -243,10 +241,6 @@ def get_lr(it):
 def save_state(best, finished=False):
     """Saves all that a resumed run needs, in nanoGPT's format, with keys of ours that nanoGPT ignores."""
     ours = {'finished': finished}  # up to its last evaluation
-    if meta:
-        ours['meta'] = meta  # so that the checkpoint can be sampled from without its data
-    if raw_model.config.gelu != 'none':
-        ours['gelu'] = raw_model.config.gelu
     if scaler.is_enabled():
         ours['scaler'] = scaler.state_dict()
     if wandb_run:
@@ -254,8 +248,8 @@ def save_state(best, finished=False):
     if run_dir:
         run_dir.wait()  # for the copy before this one, or there would be two
     state = dict(model=distributed.gather(raw_model.state_dict(keep_vars=True), master_process),
-                 optimizer=distributed.gather_optimizer(optimizer, master_process), model_args=model_args, iter_num=iter_num,
-                 best_val_loss=best_val_loss, config=config, **ours)
+                 optimizer=distributed.gather_optimizer(optimizer, master_process), iter_num=iter_num,
+                 best_val_loss=best_val_loss, config=config, **ours, **checkpoint.describe(raw_model.config, meta))
     if run_dir:
         run_dir.save(state, best)
 

@@ -38,7 +38,7 @@ def knobs(script):
     out = {}
     with open(os.path.join(ROOT, script), encoding='utf-8') as f:
         for node in ast.parse(f.read()).body:
-            if isinstance(node, ast.Expr) and 'configurator' in ast.unparse(node):
+            if 'exec(' in ast.unparse(node) and 'configurator' in ast.unparse(node):
                 return out
             if isinstance(node, ast.Assign):
                 out[node.targets[0].id] = eval(ast.unparse(node.value))

@@ -1,4 +1,4 @@
-"""Hugging Face's GPT-2 against ours: same logits, same text, and no memory wasted on the way."""
+"""Hugging Face's GPT-2 against ours, both ways: same logits, same text, and no memory wasted on the way."""
 import json
 import os
 import subprocess
@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run
+from conftest import ROOT, TINY, metrics, run
 
-from model import GPT
+import checkpoint
+import convert
+from model import GPT, GPTConfig
 
 
 def save_gpt2(folder, dtype=torch.float32, shard='1GB', **options):
@@ -125,3 +127,105 @@ def test_gpt2_weights_do_not_fit_a_char_dataset(tmp_path, char_data):
     save_gpt2(tmp_path)
     out = run('train.py', f'--init_from={tmp_path}', f'--dataset={char_data}', '--device=cpu', ok=False)
     assert 'vocabulary' in out.stderr
+
+
+def test_a_folder_of_characters_fits_its_own_data_alone(tmp_path, char_data, trained):
+    run('convert.py', f'--out_dir={trained}', f'--hf_dir={tmp_path / "hf"}')
+    args = [a for a in TINY if not a.startswith('--n_')]
+    out = run('train.py', *args, f'--init_from={tmp_path / "hf"}', f'--dataset={char_data}', f'--out_dir={tmp_path / "out"}', '--max_iters=2').stdout
+    at_end = checkpoint.load_best(trained)[0]
+    assert f'step 0: train loss {last_losses(trained)[0]:.4f}, val loss {last_losses(trained)[1]:.4f}' in out
+    assert torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)['meta'] == at_end['meta']
+    (tmp_path / 'abc.txt').write_text('abc' * 1000)
+    run('data/text/prepare.py', f'--input={tmp_path / "abc.txt"}', f'--out_dir={tmp_path / "abc"}')
+    assert 'other characters' in run('train.py', *args, f'--init_from={tmp_path / "hf"}', f'--dataset={tmp_path / "abc"}', ok=False).stderr
+
+
+def last_losses(out_dir):
+    last = metrics(out_dir, 'eval')[-1]
+    return last['train/loss'], last['val/loss']
+
+
+def save_ours(out_dir, meta=None, vocab_size=50304, **options):
+    """A checkpoint of a small random model; returns the model."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**dict(block_size=32, vocab_size=vocab_size, n_layer=3, n_head=4, n_embd=48), **options})).eval()
+    for p in model.parameters():
+        p.data.normal_(std=0.2)
+    out_dir.mkdir()
+    checkpoint.save(dict(checkpoint.describe(model.config, meta), model=model.state_dict(), iter_num=7, best_val_loss=1.0, config={}), str(out_dir))
+    return model
+
+
+def equal_to(hf, model, vocab_size):
+    """Whether a model of transformers' has our logits and our greedy text."""
+    x = torch.randint(vocab_size, (2, model.config.block_size))
+    with torch.no_grad():
+        torch.testing.assert_close(hf(x).logits, model(x, x)[0][..., :vocab_size], rtol=1e-5, atol=2e-5)
+    n = model.config.block_size - 5  # the longest that transformers can: it doesn't crop
+    ours = model.generate(x[:, :5], n, temperature=0, vocab_size=vocab_size)
+    return torch.equal(ours, hf.generate(x[:, :5], attention_mask=torch.ones(2, 5), max_new_tokens=n, do_sample=False, pad_token_id=0, eos_token_id=None))
+
+
+@pytest.mark.parametrize('options', [{'bias': False}, {'bias': True}, {'gelu': 'tanh'}, {'block_size': 17}])
+def test_export_and_back(tmp_path, bpe, options):
+    from transformers import AutoModelForCausalLM
+    model = save_ours(tmp_path / 'out', **options)  # its vocabulary padded to 50,304
+    run('convert.py', f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}')
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
+    assert hf.config.vocab_size == 50257 and hf.config.n_positions == model.config.block_size
+    assert equal_to(hf, model, 50257)
+    run('convert.py', '--to=native', f'--out_dir={tmp_path / "back"}', f'--hf_dir={tmp_path / "hf"}')
+    back = checkpoint.load_best(str(tmp_path / 'back'))[0]
+    ours = checkpoint.load_best(str(tmp_path / 'out'))[0]
+    assert back['model_args'] == {**ours['model_args'], 'vocab_size': 50257} and back.get('gelu') == ours.get('gelu')
+    assert back['model'].keys() == ours['model'].keys()
+    assert all(torch.equal(back['model'][name], w[:50257] if 'wte' in name or 'lm_head' in name else w) for name, w in ours['model'].items())
+
+
+def test_gpt2s_tokenizer_is_exported(tmp_path, bpe):
+    import tiktoken
+    from transformers import AutoTokenizer
+    save_ours(tmp_path / 'out')
+    run('convert.py', f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}')
+    hf, ours = AutoTokenizer.from_pretrained(tmp_path / 'hf'), tiktoken.get_encoding('gpt2')
+    with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as f:
+        texts = [f.read(), ' a\n\n\tb  \r\n', "it's NAÏVE 東京 🙂 \u0301", 'zażółć <|endoftext|> gęślą']
+    for text in texts:
+        assert hf.encode(text) == ours.encode(text, allowed_special='all') and hf.decode(hf.encode(text)) == text
+    assert hf.eos_token == '<|endoftext|>' and hf.eos_token_id == 50256 and len(hf) == 50257
+
+
+def test_characters_are_exported(tmp_path):
+    from transformers import AutoTokenizer, pipeline
+    chars = sorted('\n abcAB!.,é東')
+    meta = dict(vocab_size=len(chars), stoi={c: i for i, c in enumerate(chars)}, itos=dict(enumerate(chars)))
+    model = save_ours(tmp_path / 'out', meta=meta, vocab_size=16)  # padded
+    run('convert.py', f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}')
+    hf = AutoTokenizer.from_pretrained(tmp_path / 'hf')
+    for text in ('a b\n\nAB!!', ' é 東 ,.', 'a , b . c !'):
+        assert hf.encode(text) == [meta['stoi'][c] for c in text] and hf.decode(hf.encode(text)) == text
+    written = pipeline('text-generation', str(tmp_path / 'hf'))('ab ', max_new_tokens=25, do_sample=False)[0]['generated_text']
+    ours = model.generate(torch.tensor([[meta['stoi'][c] for c in 'ab ']]), 25, temperature=0, vocab_size=len(chars))[0]
+    assert written == ''.join(meta['itos'][i] for i in ours.tolist())
+    assert convert.read_characters(str(tmp_path / 'hf')) == meta
+    texts = [run('sample.py', *source, '--start=ab ', '--temperature=0', '--num_samples=1', '--max_new_tokens=25', '--dtype=float32').stdout
+             for source in ([f'--out_dir={tmp_path / "out"}'], [f'--init_from={tmp_path / "hf"}'])]
+    assert texts == [written + '\n---------------\n'] * 2
+
+
+def test_nothing_is_written_over(tmp_path, trained):
+    (tmp_path / 'notes.txt').write_text('mine')
+    assert 'is not empty' in run('convert.py', f'--out_dir={trained}', f'--hf_dir={tmp_path}', ok=False).stderr
+    run('convert.py', f'--out_dir={trained}', f'--hf_dir={tmp_path / "hf"}')
+    assert 'already has a checkpoint' in run('convert.py', '--to=native', f'--out_dir={trained}', f'--hf_dir={tmp_path / "hf"}', ok=False).stderr
+    assert 'convert.py --out_dir=out --hf_dir=my-gpt2' in run('convert.py', f'--out_dir={trained}', ok=False).stderr
+
+
+@pytest.mark.parametrize('damage', [b'{', b'[]', b'{"model": {"type": "WordLevel", "vocab": {"ab": 0}}}', b'{"model": {"type": "WordLevel", "vocab": {"a": 1}}}',
+                                    b'{"model": {"type": "WordLevel", "vocab": {"a": -1, "b": 0}}}', b'[' * 100000])
+def test_a_damaged_table_of_characters(tmp_path, damage, capsys):
+    (tmp_path / 'tokenizer.json').write_bytes(damage)
+    with pytest.raises(SystemExit):
+        convert.read_characters(str(tmp_path))
+    assert 'is no table of characters' in capsys.readouterr().err
