@@ -70,9 +70,9 @@ def shown(path):
 # (what a knob must be, the test of it, the knobs)
 RANGES = (
     ('at least 1', lambda v: v >= 1, ('n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'eval_interval',
-                                      'log_interval', 'eval_iters', 'num_samples', 'max_bytes', 'repeats', 'max_bad_steps')),
-    ('at least 0', lambda v: v >= 0, ('max_iters', 'warmup_iters', 'lr_decay_iters', 'save_interval', 'weight_decay', 'grad_clip', 'learning_rate',
-                                      'min_lr', 'max_new_tokens', 'top_k', 'temperature', 'num_proc')),
+                                      'log_interval', 'num_samples', 'max_bytes', 'repeats', 'max_bad_steps')),
+    ('at least 0', lambda v: v >= 0, ('max_iters', 'warmup_iters', 'lr_decay_iters', 'save_interval', 'eval_iters', 'weight_decay', 'grad_clip',
+                                      'learning_rate', 'min_lr', 'max_new_tokens', 'top_k', 'temperature', 'num_proc')),
     ('at least 0 and below 2**64', lambda v: 0 <= v < 2 ** 64, ('seed',)),
     ('at least 0 and below 1', lambda v: 0 <= v < 1, ('dropout', 'beta1', 'beta2')),
     ('above 0 and at most 1', lambda v: 0 < v <= 1, ('top_p',)),

@@ -5,6 +5,8 @@ import os
 import pickle
 import pickletools
 
+import numpy as np
+
 from checks import fail, first_line
 
 END_OF_TEXT = '<|endoftext|>'
@@ -67,6 +69,25 @@ def get_tokenizer(meta):
     if meta and not {'stoi', 'itos'} <= meta.keys():
         fail('meta.pkl has only vocab_size: it can be trained on, but not turned into text', 'add stoi and itos to it')
     return CharTokenizer(meta) if meta else GPT2Tokenizer()
+
+
+def mean_bytes(tokens, meta):
+    """UTF-8 bytes of a token's text, the mean over token ids (N,); None where their text isn't known.
+
+    A loss in nats / ln 2 / this is in bits per byte, which can be compared between tokenizers. The end of a text has none.
+    """
+    if meta and 'itos' not in meta:
+        return None
+    if meta:
+        length = np.array([len(meta['itos'][i].encode('utf-8')) for i in range(len(meta['itos']))])
+    else:
+        try:
+            import tiktoken
+            bpe = tiktoken.get_encoding('gpt2')
+        except Exception:  # not there, or its download failed
+            return None
+        length = np.array([len(bpe.decode_single_token_bytes(i)) for i in range(bpe.n_vocab - 1)] + [0])
+    return sum(int(length[tokens[i:i + 2 ** 22]].sum()) for i in range(0, len(tokens), 2 ** 22)) / len(tokens)
 
 
 # the operations of a pickle that make numbers, texts, lists and dicts. Those that name a class or call a function, as

@@ -18,23 +18,27 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import checkpoint
 import checks
 import convert
 import distributed
+import plot
 from checks import say
 from model import GPT, GPTConfig
-from tokenizer import read_meta
+from tokenizer import mean_bytes, read_meta
 
 # I/O
 out_dir = 'out'  # where the checkpoints and metrics.jsonl go, from where you stand
 eval_interval = 2000  # iterations between evaluations; each one saves the state
 log_interval = 1  # iterations between lines of progress
-eval_iters = 200  # batches that an evaluation averages over, on each split
+loss_png = True  # draw out_dir/loss.png when the run ends
+eval_iters = 200  # batches that an evaluation averages over, on each split; 0: the whole val split once, and as much of train
 eval_only = False  # evaluate, print, exit
 always_save_checkpoint = True  # write ckpt.pt at every evaluation; False: only when the val loss is the best so far
 save_interval = 0  # iterations between further saves, to ckpt_last.pt; 0 is none
@@ -208,22 +212,36 @@ def seed_dropout(iter_num, micro_step):
 def estimate_loss():
     """Mean loss of each split over eval_iters batches, the same ones every time: windows evenly spaced over the split.
 
-    None if the run is asked to stop meanwhile.
+    With eval_iters=0 each token of the val split is predicted once, in windows side by side. None if the run is asked to
+    stop meanwhile.
     """
     losses = {}
     eval_model.eval()
     for split in ('train', 'val'):
-        starts = np.linspace(0, len(windows[split]) - 1, eval_iters * batch_size).astype(np.int64).reshape(eval_iters, -1)
+        batches = eval_iters or math.ceil((len(tokens['val']) - 1) / block_size / batch_size)
+        last = len(windows[split]) - 1
+        starts = np.linspace(0, last, batches * batch_size).astype(np.int64)
+        done = np.zeros_like(starts)  # targets of a window that an earlier one has: in the last one, and those that fill its batch
+        if split == 'val' and not eval_iters:
+            side_by_side = np.arange(batches * batch_size) * block_size
+            starts = np.minimum(side_by_side, last)
+            done = np.minimum(side_by_side - starts, block_size)
+        starts, done = starts.reshape(batches, -1), done.reshape(batches, -1)
+        weights = 1 - done.mean(axis=1) / block_size
         loss_sum = torch.zeros((), device=device)
-        for k in range(0, eval_iters, ddp_world_size):  # a batch for each rank, as far as they go
+        for k in tqdm(range(0, batches, ddp_world_size), split, leave=False, disable=None if master_process and not eval_iters else True):
+            b = min(k + ddp_rank, batches - 1)  # a batch for each rank, as far as they go
+            X, Y = get_batch(split, starts[b])
+            if weights[b] < 1:
+                Y = Y.masked_fill(torch.arange(block_size, device=device) < torch.from_numpy(done[b, :, None]).to(device), -1)
             with ctx:
-                loss = eval_model(*get_batch(split, starts[min(k + ddp_rank, eval_iters - 1)]), return_logits=False)[1]
-            loss_sum += loss * (k + ddp_rank < eval_iters)
+                loss = eval_model(X, Y, return_logits=False)[1]
+            loss_sum += loss * float(weights[b] * (k + ddp_rank < batches))
             checks.forget_pages(tokens[split])
             if distributed.wishes()[0]:
                 eval_model.train()
                 return None
-        losses[split] = distributed.total(loss_sum).item() / eval_iters
+        losses[split] = distributed.total(loss_sum).item() / float(weights.sum())
     eval_model.train()
     return losses
 
@@ -259,7 +277,7 @@ def log(event, **metrics):
     if run_dir:
         run_dir.log(event=event, **metrics)
     if wandb_run and event == 'eval':
-        never_fatal(wandb_run.log, metrics)
+        never_fatal('wandb', wandb_run.log, metrics)
 
 
 def start_wandb():
@@ -273,12 +291,12 @@ def start_wandb():
         return wandb.init(**start, mode='offline')
 
 
-def never_fatal(call, *args):
-    """The call's result; None and a warning if it raises. For wandb: no trouble of its own is a reason not to train."""
+def never_fatal(what, call, *args):
+    """The call's result; None and a warning if it raises. For wandb and the picture: no trouble of theirs is a reason not to train."""
     try:
         return call(*args)
     except Exception as e:
-        checks.warn(f'wandb: {type(e).__name__}: {e}')
+        checks.warn(f'{what}: {type(e).__name__}: {e}')
 
 
 # -----------------------------------------------------------------------------
@@ -300,7 +318,7 @@ say(f'memory: {held / 2**30:.2f} GiB for weights, gradients and AdamW, about {ac
     + (', on each rank' if ddp_world_size > 1 else ''))
 checks.check_memory(held * (3 if init_from != 'resume' else 1) // 4 + activations, device)  # beyond what is there by now
 
-wandb_run = never_fatal(start_wandb) if wandb_log and master_process else None
+wandb_run = never_fatal('wandb', start_wandb) if wandb_log and master_process else None
 if run_dir:
     run_dir.begin(fresh=init_from != 'resume')
     run_dir.warn_of_slow_saves(held * 3 // 4)  # weights and moments
@@ -319,8 +337,10 @@ first_iter = iter_num
 bad_steps, worst, skipped = torch.zeros(3, device=device)  # updates skipped in a row by now, at most since the last log, and in all
 bad_now, losses = 0, None  # the host's copy of worst; of the last evaluation, None if it was cut off
 mfu = None  # a running mean, unknown at first
+token_bytes = mean_bytes(tokens['val'][1:], meta) if eval_only or not eval_iters else None
 X, Y = get_micro_batch(iter_num, 0)
-t0, timed_from = time.perf_counter(), iter_num
+t0 = started = time.perf_counter()
+timed_from = iter_num
 while True:
     last_step = iter_num >= max_iters
     lr = get_lr(iter_num) if decay_lr else learning_rate
@@ -335,8 +355,11 @@ while True:
             break
         is_best = losses['val'] < best_val_loss
         best_val_loss = min(best_val_loss, losses['val'])
-        say(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}')
-        log('eval', **{'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr, 'mfu': 100 * mfu if mfu else None})
+        bits = losses['val'] / math.log(2) / token_bytes if token_bytes else None
+        say(f'step {iter_num}: train loss {losses["train"]:.4f}, val loss {losses["val"]:.4f}'
+            + (f', perplexity {math.exp(min(losses["val"], 700)):.2f}' if eval_only or not eval_iters else '') + (f', {bits:.4f} bits/byte' if bits else ''))
+        log('eval', **{'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'], 'lr': lr, 'mfu': 100 * mfu if mfu else None},
+            **{'val/bits_per_byte': bits} if bits else {})
         if iter_num > first_iter or last_step or is_best and iter_num > 0:  # else it is on disk or not worth keeping
             save_state(best=is_best or always_save_checkpoint, finished=last_step)
         t0, timed_from = time.perf_counter(), iter_num  # the time isn't the next iteration's
@@ -384,10 +407,11 @@ while True:
         t0, timed_from = time.perf_counter(), iter_num + 1
         bad_now, skipped_now = (int(n) for n in torch.stack((worst, skipped)).tolist())
         worst = torch.zeros_like(worst)
+        left = (time.perf_counter() - started) / (iter_num + 1 - first_iter) * (max_iters - iter_num - 1)  # evaluations included
         now = raw_model.estimate_mfu(batch_size * micro_steps, dt) if iter_num - first_iter >= 5 else None  # the first ones warm up
         mfu = now if mfu is None else 0.9 * mfu + 0.1 * now
         say(f'iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {f"{mfu * 100:.2f}%" if mfu else "n/a"}, '
-            f'{tokens_per_iter / dt:,.0f} tokens/s')
+            f'{tokens_per_iter / dt:,.0f} tokens/s, {timedelta(seconds=round(left))} left')
         if bad_now:
             checks.warn(f'iter {iter_num}: skipped updates, as their gradient was not finite: {bad_now} in a row, {skipped_now} in all')
         log('iter', iter=iter_num, loss=loss if math.isfinite(loss) else None, ms=1000 * dt, lr=lr, mfu=100 * mfu if mfu else None,
@@ -404,6 +428,8 @@ if run_dir and not saved:
     status = status or 1
     checks.complain(f'the state after {iter_num} iterations could not be saved in {out_dir}', 'what was saved before is still there')
 elif finished and not eval_only:
+    if loss_png and iter_num > first_iter:
+        never_fatal('the picture', plot.draw, [out_dir], os.path.join(out_dir, 'loss.png'))
     best = os.path.join(out_dir, checkpoint.BEST)  # which sample.py takes if there is one
     which = 'it' if saved == best or not os.path.exists(best) else f'the best, {best}'
     say(f'saved {saved} after {iter_num} iterations; sample from {which}: python {checks.shown(os.path.join(checks.REPO, "sample.py"))} --out_dir={out_dir}')
@@ -415,5 +441,5 @@ elif not finished:
     checks.complain(f'{bad_now} updates in a row had a gradient that is not finite; the weights before them are in {saved}',
                     'try a lower --learning_rate, a smaller --grad_clip, a longer --warmup_iters, or --dtype=bfloat16 for float16')
 if wandb_run:
-    never_fatal(wandb_run.finish)
+    never_fatal('wandb', wandb_run.finish)
 distributed.shutdown(status)

@@ -24,7 +24,7 @@ os.environ.update(HF_HUB_OFFLINE='1', WANDB_MODE='offline', WANDB_SILENT='true',
 
 # a model that trains in a moment
 TINY = ['--device=cpu', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4',
-        '--gradient_accumulation_steps=2', '--eval_iters=4', '--warmup_iters=0', '--lr_decay_iters=100', '--learning_rate=3e-3']
+        '--gradient_accumulation_steps=2', '--eval_iters=4', '--warmup_iters=0', '--lr_decay_iters=100', '--learning_rate=3e-3', '--loss_png=False']
 
 
 # starts scripts: most of a short run is the import of torch, so that is done once, and each run is a fork of it. It must

@@ -222,7 +222,8 @@ def test_nothing_is_written_over(tmp_path, trained):
     assert 'convert.py --out_dir=out --hf_dir=my-gpt2' in run('convert.py', f'--out_dir={trained}', ok=False).stderr
 
 
-@pytest.mark.parametrize('damage', [b'{', b'[]', b'{"model": {"type": "WordLevel", "vocab": {"ab": 0}}}', b'{"model": {"type": "WordLevel", "vocab": {"a": 1}}}',
+@pytest.mark.parametrize('damage', [b'{', b'[]', b'{"model": {"type": "WordLevel", "vocab": {"ab": 0}}}',
+                                    b'{"model": {"type": "WordLevel", "vocab": {"a": 1}}}',
                                     b'{"model": {"type": "WordLevel", "vocab": {"a": -1, "b": 0}}}', b'[' * 100000])
 def test_a_damaged_table_of_characters(tmp_path, damage, capsys):
     (tmp_path / 'tokenizer.json').write_bytes(damage)

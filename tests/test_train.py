@@ -8,10 +8,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, files, functions_of, metrics, run, run_here
+from conftest import ROOT, TINY, files, functions_of, metrics, run, run_here, run_ranks
 
 import checkpoint
 import model
+from checkpoint import build_model, load_best
+from tokenizer import get_tokenizer, mean_bytes
 
 
 def test_learning_rates_are_nanogpts(golden):
@@ -350,3 +352,32 @@ def test_too_many_bad_gradients_end_the_run(char_data, tmp_path):
     assert bad.returncode == 1 and last.startswith('error: 4 updates in a row had a gradient that is not finite') and '--learning_rate' in last
     state = checkpoint.load(str(tmp_path / 'ckpt_last.pt'))
     assert state['iter_num'] == 5 and all(w.isfinite().all() for w in state['model'].values()) and str(tmp_path / 'ckpt_last.pt') in last
+
+
+def test_the_whole_split_is_evaluated_once(tmp_path, char_data, trained):
+    args = [*TINY, f'--dataset={char_data}', f'--out_dir={trained}', '--init_from=resume', '--eval_only', '--eval_iters=0']
+    out = run('train.py', *args, '--batch_size=7').stdout
+    model = build_model(load_best(trained)[0]).eval()
+    val = torch.from_numpy(np.fromfile(os.path.join(char_data, 'val.bin'), dtype=np.uint16).astype(np.int64))
+    nats = 0.0
+    for i in range(0, len(val) - 1, 32):
+        at = min(i, len(val) - 33)  # the last window begins before the end of the one before
+        logits = model(val[None, at:at + 32], val[None, at + 1:at + 33])[0][0, i - at:]
+        nats += torch.nn.functional.cross_entropy(logits.double(), val[i + 1:i + 33], reduction='sum').item()
+    loss = nats / (len(val) - 1)
+    found = re.search(r'val loss (\S+), perplexity (\S+), (\S+) bits/byte', out)
+    for said, meant in zip(found.groups(), (loss, math.exp(loss), loss / math.log(2))):  # a byte a character
+        assert said in (f'{meant - 1e-6:.{len(said) - 2}f}', f'{meant + 1e-6:.{len(said) - 2}f}')
+    assert (len(val) - 1) % 32 and len(val) // 32 % 7
+    split = ''.join(run_ranks(2, 'train.py', *args))
+    assert re.search('val loss .*', split)[0] == re.search('val loss .*', out)[0]
+
+
+def test_bytes_of_a_token(bpe):
+    text = 'naïve 東京 🙂, it is.'
+    meta = {'vocab_size': 99, 'itos': dict(enumerate(sorted(set(text)))), 'stoi': {c: i for i, c in enumerate(sorted(set(text)))}}
+    for table in (meta, None):
+        ids = get_tokenizer(table).encode(text)
+        assert mean_bytes(np.array(ids * 3, dtype=np.uint16), table) == pytest.approx(len(text.encode()) / len(ids))
+    assert mean_bytes(np.array(ids + [50256]), None) == pytest.approx(len(text.encode()) / (len(ids) + 1))
+    assert mean_bytes(np.array(ids), {'vocab_size': 99}) is None
