@@ -86,8 +86,11 @@ class RunDir:
                 warn(f'{METRICS} in {self.path} could not be written ({e.strerror}); the run goes on')
             self.logs = False
 
-    def save(self, state, best):
-        """Has a thread write the state to ckpt.pt (best) or ckpt_last.pt, once the save before is done; it must not change any more."""
+    def save(self, state, best, copied=True):
+        """Has a thread write the state to ckpt.pt (best) or ckpt_last.pt, once the save before is done; it must not change any more.
+
+        Of a state that isn't copied, and so will, it returns when it is written, or couldn't be: then it isn't kept.
+        """
         self.wait()
         self.newest = BEST if best else LAST
         if best:
@@ -95,10 +98,16 @@ class RunDir:
         self.unsaved[self.newest] = state
         self.thread = threading.Thread(target=self._write)
         self.thread.start()
+        if not copied:
+            self.wait()
+            if self.newest in self.unsaved:
+                self.unsaved[self.newest] = None
 
     def _write(self):
         for name in sorted(self.unsaved, key=lambda name: name != self.newest):  # what failed before comes after the newest
             state = self.unsaved[name]
+            if state is None:
+                continue
             try:
                 if not os.path.isdir(self.path):
                     warn(f'{self.path} is gone; making it again')
@@ -363,6 +372,7 @@ def load_optimizer(optimizer, state, path):
             if {k: m.shape for k, m in moments.items()} != dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape):
                 raise ValueError(f'it has other moments for a weight of shape {(*p.shape,)}')
             if p in own:  # a copy, as the file may change or go
-                inner(optimizer).state[p] = {k: like(m.to(p.device, torch.float32, copy=True), p) for k, m in moments.items()}
+                dtype = getattr(inner(optimizer), 'moments_dtype', torch.float32)
+                inner(optimizer).state[p] = {k: like(m.to(p.device, dtype if m.dim() else torch.float32, copy=True), p) for k, m in moments.items()}
     except Exception as e:  # it may hold anything
         fail(f'the optimizer state in {path} does not fit its weights ({first_line(e)})', 'go on from another checkpoint')

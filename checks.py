@@ -272,10 +272,10 @@ def check_accumulation(gradient_accumulation_steps, world_size):
              f'use --gradient_accumulation_steps={near}')
 
 
-def training_bytes(num_params, config, batch_size, dtype, device_type='cuda', compiled=True, recompute=False, parallel='ddp', ranks=1):
+def training_bytes(num_params, config, batch_size, dtype, device_type='cuda', compiled=True, recompute=False, parallel='ddp', ranks=1, moments=8):
     """Bytes that training takes on a rank, as (held throughout, activations at their peak); the second is an estimate.
 
-    Held: float32 weights, gradients and AdamW's two moments, 4 bytes each a parameter, as far as they aren't shared out
+    Held: weights and gradients, 4 bytes each a parameter, and `moments` bytes of AdamW's, as far as they aren't shared out
     (fsdp has the embedding and its gradient whole at times). Activations: what the backward pass keeps of each layer,
     about 34 x C bytes a token in 16-bit numbers (Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, without the
     attention matrix, which only dropout on a CPU keeps, with masks), or if it recomputes them of one layer, and of the
@@ -287,7 +287,8 @@ def training_bytes(num_params, config, batch_size, dtype, device_type='cuda', co
         layer += 4 * (config.n_head * config.block_size + config.n_embd) * 2 * width
     layers = layer + 4 * config.n_layer * config.n_embd if recompute else config.n_layer * layer
     logits = tokens * config.vocab_size if compiled else min(tokens * config.vocab_size, 2 ** 24)
-    held = {'ddp': 16 * num_params, 'zero1': (8 + 8 / ranks) * num_params, 'fsdp': 16 * num_params / ranks + 8 * config.vocab_size * config.n_embd}
+    held = {'ddp': (8 + moments) * num_params, 'zero1': (8 + moments / ranks) * num_params,
+            'fsdp': (8 + moments) * num_params / ranks + 8 * config.vocab_size * config.n_embd}
     return int(held[parallel if ranks > 1 else 'ddp']), tokens * layers + logits * (4 + 4 + 4 * width)
 
 

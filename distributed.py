@@ -134,9 +134,10 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
 
 
-def gather(value, keep=True, copies=None):
+def gather(value, keep=True, copy=True, copies=None):
     """A copy in the CPU's memory of the tensors in containers; what is one tensor (tied weights) stays one.
 
+    copy=False leaves what is in the CPU's memory already where it is.
     What is spread over the ranks is put together, a tensor at a time, so all ranks must call; those that don't keep it
     get None for each.
     """
@@ -144,28 +145,29 @@ def gather(value, keep=True, copies=None):
     if isinstance(value, torch.Tensor):
         if id(value) not in copies:
             tensor = whole(value.detach())
-            copies[id(value)] = tensor.to('cpu', copy=True) if keep else None
+            copies[id(value)] = tensor.to('cpu', copy=copy) if keep else None
         return copies[id(value)]
     if isinstance(value, dict):
-        return {k: gather(v, keep, copies) for k, v in value.items()}
-    return [gather(v, keep, copies) for v in value] if isinstance(value, list) else value
+        return {k: gather(v, keep, copy, copies) for k, v in value.items()}
+    return [gather(v, keep, copy, copies) for v in value] if isinstance(value, list) else value
 
 
-def gather_optimizer(optimizer, keep=True):
+def gather_optimizer(optimizer, keep=True, copy=True):
     """gather() of the optimizer's state_dict, of what all ranks have of it together."""
     if inner(optimizer) is optimizer:
-        return gather(optimizer.state_dict(), keep)
+        return gather(optimizer.state_dict(), keep, copy)
     # zero1's own way, consolidate_state_dict, pickles a rank's part as a whole: 5.2 GB beside the 0.5 of a 124M model's
     params, own = [p for group in optimizer.param_groups for p in group['params']], inner(optimizer).state
+    dtype = getattr(inner(optimizer), 'moments_dtype', torch.float32)
     owners = [None] * dist.get_world_size()
     dist.all_gather_object(owners, [i for i, p in enumerate(params) if p in own])
     state = {}
     for i, owner in sorted((i, owner) for owner, theirs in enumerate(owners) for i in theirs):
         p, state[i] = params[i], {}
         for key in ('step', 'exp_avg', 'exp_avg_sq'):
-            tensor = own[p][key] if p in own else p.new_empty(()) if key == 'step' else torch.empty_like(p)
+            tensor = own[p][key] if p in own else p.new_empty(()) if key == 'step' else torch.empty_like(p, dtype=dtype)
             dist.broadcast(tensor, owner)
-            state[i][key] = gather(tensor, keep)
+            state[i][key] = gather(tensor, keep, copy)
     return {**torch.optim.Optimizer.state_dict(optimizer), 'state': state}
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.optim.adamw import adamw
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -321,7 +322,7 @@ class GPT(nn.Module):
         # a copy: a view would keep, and torch.save would write, the whole table
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, moments_dtype='float32'):
         """AdamW (Loshchilov & Hutter 2017, https://arxiv.org/abs/1711.05101) that decays matrices and embeddings only.
 
         The order of groups and parameters is nanoGPT's, so that optimizer states can be exchanged with it.
@@ -330,7 +331,8 @@ class GPT(nn.Module):
         groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
                   {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]  # biases and norms
         # one kernel for all parameters where there is one
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu', 'mps', 'xpu'))
+        kind = LowMemoryAdamW if moments_dtype == 'bfloat16' else torch.optim.AdamW
+        return kind(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu', 'mps', 'xpu'))
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters; position embeddings are left out, token embeddings stay as they are the output layer too."""
@@ -384,6 +386,30 @@ class _NoInit(TorchFunctionMode):
         if getattr(func, '__module__', None) == 'torch.nn.init':
             return (kwargs or {}).get('tensor', args[0] if args else None)
         return func(*args, **(kwargs or {}))
+
+
+class LowMemoryAdamW(torch.optim.AdamW):
+    """AdamW with its moments in bfloat16: weight, gradient and moments are 12 bytes a parameter instead of 16.
+
+    An update is computed in float32, a tensor at a time. bfloat16 moves in steps of 0.4 to 0.8 %, so the second moment
+    stands still where beta2 is above 0.99.
+    """
+    moments_dtype = torch.bfloat16
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in [p for p in group['params'] if p.grad is not None]:
+                state = self.state[p]
+                if not state:
+                    state.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p, dtype=self.moments_dtype),
+                                 exp_avg_sq=torch.zeros_like(p, dtype=self.moments_dtype))
+                m, v = state['exp_avg'].float(), state['exp_avg_sq'].float()
+                adamw([p], [p.grad], [m], [v], [], [state['step']], fused=group['fused'], amsgrad=False, beta1=group['betas'][0],
+                                        beta2=group['betas'][1], lr=group['lr'], weight_decay=group['weight_decay'], eps=group['eps'], maximize=False,
+                                        grad_scale=getattr(self, 'grad_scale', None), found_inf=getattr(self, 'found_inf', None))
+                state['exp_avg'].copy_(m)
+                state['exp_avg_sq'].copy_(v)
 
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, vocab_size=None):

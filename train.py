@@ -65,6 +65,7 @@ max_iters = 600000  # updates in all
 weight_decay = 1e-1
 beta1 = 0.9
 beta2 = 0.95
+moments_dtype = 'float32'  # of AdamW's moments: float32 | bfloat16, which takes 12 bytes a parameter instead of 16
 grad_clip = 1.0  # largest norm of the gradient; 0 is no clipping
 max_bad_steps = 10  # updates in a row skipped, as the gradient's norm wasn't finite, after which the run stops
 # learning rate schedule
@@ -97,6 +98,8 @@ dtype, dtype_why = checks.choose_dtype(dtype, device_type)
 compile, compile_why = checks.choose_compile(compile, device_type)
 if parallel not in ('ddp', 'zero1', 'fsdp'):
     checks.fail(f'parallel={parallel!r} is not known', 'try ddp, zero1 or fsdp')
+if moments_dtype not in ('float32', 'bfloat16'):
+    checks.fail(f'moments_dtype={moments_dtype!r} is not known', 'try float32 or bfloat16')
 if parallel == 'fsdp' and dtype == 'float16':
     checks.fail('fsdp does not scale the loss as float16 needs it', 'try --dtype=bfloat16 or --parallel=zero1')
 if device_type == 'cpu' and parallel != 'fsdp':  # which gathers to free again: kept, that would be more than it saves
@@ -152,7 +155,8 @@ for block in model.transformer.h:
 model = distributed.shard(model, device, parallel, dtype, compile)
 raw_model = model  # the one that is saved: without the prefixes that compiling and wrapping put before its names
 
-optimizer = distributed.shard_optimizer(model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type), parallel)
+optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, moments_dtype)
+optimizer = distributed.shard_optimizer(optimizer, parallel)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')  # float16 alone has too narrow a range
 if state and not eval_only:
     checkpoint.load_optimizer(optimizer, state.get('optimizer'), path)
@@ -161,6 +165,8 @@ if state and not eval_only:
         say(f'weight_decay={given["weight_decay"]}, betas={given["betas"]} come from the checkpoint, not from the knobs')
     if 'scaler' in state:
         scaler.load_state_dict(state['scaler'])
+if moments_dtype == 'bfloat16' and optimizer.param_groups[0]['betas'][1] > 0.99:
+    checks.fail(f'moments in bfloat16 stand still with beta2={optimizer.param_groups[0]["betas"][1]}', 'use beta2 of 0.99 or less, or --moments_dtype=float32')
 wandb_id = state.get('wandb_id') if state else None  # of the run that this one continues
 state = None  # frees it
 
@@ -265,11 +271,13 @@ def save_state(best, finished=False):
         ours['wandb_id'] = wandb_run.id
     if run_dir:
         run_dir.wait()  # for the copy before this one, or there would be two
-    state = dict(model=distributed.gather(raw_model.state_dict(keep_vars=True), master_process),
-                 optimizer=distributed.gather_optimizer(optimizer, master_process), iter_num=iter_num,
+    # a copy, so that the training goes on while it is written; where there is no room for one the training waits
+    copy = device_type != 'cpu' or (checks.free_memory(device) or math.inf) > held
+    state = dict(model=distributed.gather(raw_model.state_dict(keep_vars=True), master_process, copy),
+                 optimizer=distributed.gather_optimizer(optimizer, master_process, copy), iter_num=iter_num,
                  best_val_loss=best_val_loss, config=config, **ours, **checkpoint.describe(raw_model.config, meta))
     if run_dir:
-        run_dir.save(state, best)
+        run_dir.save(state, best, copy)
 
 
 def log(event, **metrics):
@@ -313,7 +321,8 @@ say(f'data: {data_dir} ({"its own vocabulary" if meta else "no meta.pkl: GPT-2 B
 say(f'machine: {device} ({device_why}), {dtype} ({dtype_why}), {"compiled" if compile else "not compiled"} ({compile_why})'
     + (f', {ddp_world_size} ranks over {backend}, {parallel}' if backend else f'; {parallel} is for several processes' if parallel != 'ddp' else ''))
 held, activations = checks.training_bytes(raw_model.get_num_params(False), raw_model.config, batch_size, dtype, device_type,
-                                          compile and not distributed.is_sharded(raw_model), activation_checkpointing, parallel, ddp_world_size)
+                                          compile and not distributed.is_sharded(raw_model), activation_checkpointing, parallel, ddp_world_size,
+                                          8 if moments_dtype == 'float32' else 4)
 say(f'memory: {held / 2**30:.2f} GiB for weights, gradients and AdamW, about {activations / 2**30:.2f} GiB for activations'
     + (', on each rank' if ddp_world_size > 1 else ''))
 checks.check_memory(held * (3 if init_from != 'resume' else 1) // 4 + activations, device)  # beyond what is there by now

@@ -80,3 +80,28 @@ def test_layers_compiled_one_by_one(args, tmp_path):
     plain, compiled = losses(tmp_path / 'False'), losses(tmp_path / 'True')
     assert plain.keys() == compiled.keys() and all(compiled[key] == pytest.approx(value, rel=1e-3) for key, value in plain.items())
     assert list(checkpoint.load(str(tmp_path / 'True' / 'ckpt.pt'))['model']) == list(checkpoint.load(str(tmp_path / 'False' / 'ckpt.pt'))['model'])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('parallel, ranks', [('zero1', 2), ('fsdp', 2), ('ddp', 1)])
+def test_moments_in_bfloat16(args, single, tmp_path, parallel, ranks):
+    out_dir, dropout = single
+    low = [*args, f'--dropout={dropout}', '--moments_dtype=bfloat16']
+    start(1, *low, f'--out_dir={tmp_path / "one"}')
+    for upto in (11, 20):  # cut and resumed on the way
+        start(ranks, *low, f'--out_dir={tmp_path / "many"}', f'--parallel={parallel}', f'--max_iters={upto}', '--init_from=auto')
+    one, many, full = losses(tmp_path / 'one'), losses(tmp_path / 'many'), losses(out_dir)
+    assert all(many[key] == pytest.approx(value, rel=2e-3) for key, value in one.items() if key in many)
+    assert all(abs(full[key] - value) < 0.02 for key, value in one.items() if 'loss' in key[1]) and full != one
+    state = checkpoint.load(str(tmp_path / 'many' / 'ckpt.pt'))['optimizer']['state']
+    assert all(m[key].dtype == torch.bfloat16 for m in state.values() for key in ('exp_avg', 'exp_avg_sq'))
+    if ranks == 1:
+        assert equal_states(tmp_path / 'one' / 'ckpt.pt', tmp_path / 'many' / 'ckpt.pt')
+    # and a run with the one kind goes on with the other
+    start(1, *args, f'--dropout={dropout}', f'--out_dir={tmp_path / "many"}', '--init_from=resume', '--max_iters=22')
+    assert checkpoint.load(str(tmp_path / 'many' / 'ckpt.pt'))['optimizer']['state'][0]['exp_avg'].dtype == torch.float32
+
+
+def test_moments_that_would_stand_still(args, tmp_path):
+    out = run('train.py', *args, f'--out_dir={tmp_path}', '--moments_dtype=bfloat16', '--beta2=0.999', ok=False)
+    assert 'stand still with beta2=0.999' in out.stderr

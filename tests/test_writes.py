@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Process, files, metrics, run
+from conftest import ROOT, TINY, Process, equal_states, files, metrics, run, run_here
 
 import checkpoint
 import checks
@@ -232,3 +232,27 @@ def test_slow_saves_are_warned_of_under_torchrun(tmp_path, monkeypatch, capsys):
     run_dir.warn_of_slow_saves(2 ** 60)
     assert re.search(r'a save writes 1073741824.0 GiB, in about \d+ s here, but torchrun kills 30 s after SIGTERM', capsys.readouterr().err)
     assert files(tmp_path) == ['metrics.jsonl']
+
+
+def test_without_room_for_a_copy(char_data, tmp_path, monkeypatch):
+    args = [*TINY, f'--dataset={char_data}', '--eval_interval=3', '--max_iters=8']
+    run_here('train.py', *args, f'--out_dir={tmp_path / "copied"}')
+    monkeypatch.setattr(checks, 'free_memory', lambda device: 1000)
+    assert 'may not fit' in run_here('train.py', *args, f'--out_dir={tmp_path / "as it is"}').stderr
+    assert equal_states(tmp_path / 'copied' / 'ckpt.pt', tmp_path / 'as it is' / 'ckpt.pt')
+
+
+def test_what_was_not_copied_is_not_tried_again(tmp_path, capsys):
+    state = dict(model={}, iter_num=1, live=torch.zeros(3))
+    run_dir = checkpoint.RunDir(str(tmp_path / 'run'))
+    run_dir.begin(fresh=True)
+    blocked = tmp_path / 'run' / 'ckpt.pt.tmp'
+    blocked.mkdir()  # where the file would be
+    run_dir.save(state, best=True, copied=False)
+    assert 'could not be saved' in capsys.readouterr().err
+    blocked.rmdir()
+    state['live'] += 1  # the training goes on
+    run_dir.save(dict(state, iter_num=2), best=False)
+    run_dir.wait()
+    assert files(tmp_path / 'run') == ['ckpt_last.pt', 'metrics.jsonl']  # not the later weights as the first iteration's
+    assert run_dir.close() == str(tmp_path / 'run' / 'ckpt_last.pt')
