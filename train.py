@@ -320,9 +320,9 @@ say(f'data: {data_dir} ({"its own vocabulary" if meta else "no meta.pkl: GPT-2 B
     f'{max_iters} iterations are {max_iters * tokens_per_iter / len(tokens["train"]):.2f} epochs')
 say(f'machine: {device} ({device_why}), {dtype} ({dtype_why}), {"compiled" if compile else "not compiled"} ({compile_why})'
     + (f', {ddp_world_size} ranks over {backend}, {parallel}' if backend else f'; {parallel} is for several processes' if parallel != 'ddp' else ''))
-held, activations = checks.training_bytes(raw_model.get_num_params(False), raw_model.config, batch_size, dtype, device_type,
-                                          compile and not distributed.is_sharded(raw_model), activation_checkpointing, parallel, ddp_world_size,
-                                          8 if moments_dtype == 'float32' else 4)
+moments, num_params = 8 if moments_dtype == 'float32' else 4, raw_model.get_num_params(False)
+held, activations = checks.training_bytes(num_params, raw_model.config, batch_size, dtype, device_type,
+                                          compile and not distributed.is_sharded(raw_model), activation_checkpointing, parallel, ddp_world_size, moments)
 say(f'memory: {held / 2**30:.2f} GiB for weights, gradients and AdamW, about {activations / 2**30:.2f} GiB for activations'
     + (', on each rank' if ddp_world_size > 1 else ''))
 checks.check_memory(held * (3 if init_from != 'resume' else 1) // 4 + activations, device)  # beyond what is there by now
@@ -330,7 +330,7 @@ checks.check_memory(held * (3 if init_from != 'resume' else 1) // 4 + activation
 wandb_run = never_fatal('wandb', start_wandb) if wandb_log and master_process else None
 if run_dir:
     run_dir.begin(fresh=init_from != 'resume')
-    run_dir.warn_of_slow_saves(held * 3 // 4)  # weights and moments
+    run_dir.warn_of_slow_saves((4 + moments) * num_params)  # of all ranks
     try:
         commit = subprocess.run(['git', '-C', checks.REPO, 'rev-parse', 'HEAD'], capture_output=True, text=True).stdout.strip()
     except OSError:  # no git

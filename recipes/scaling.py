@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 
 PROCESSES, PAIRS, ITERS = 2, 3, 6
 TRAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'train.py')
@@ -24,7 +25,11 @@ def ms_per_iter(processes, port):
         env = dict(os.environ, OMP_NUM_THREADS='1', WORLD_SIZE=str(processes), MASTER_ADDR='localhost', MASTER_PORT=str(port))
         ranks = [subprocess.Popen(command, env=dict(env, RANK=str(rank), LOCAL_RANK=str(rank)), stdout=subprocess.DEVNULL,
                                   preexec_fn=lambda core=rank: os.sched_setaffinity(0, {cores[core]})) for rank in range(processes)]
-        if any([rank.wait() for rank in ranks]):
+        while any(rank.poll() is None for rank in ranks):
+            if any(rank.poll() for rank in ranks):  # the others would wait for it
+                [rank.kill() for rank in ranks]
+            time.sleep(0.1)
+        if any(rank.wait() for rank in ranks):
             sys.exit('error: train.py has failed; its own line says why')
         with open(os.path.join(out_dir, 'metrics.jsonl'), encoding='utf-8') as f:
             return statistics.median([e['ms'] for e in map(json.loads, f) if e['event'] == 'iter'][1:])

@@ -1,11 +1,16 @@
 """The prepare scripts: nanoGPT's bins to the byte, and every way their input may be wrong."""
+import glob
 import gzip
 import hashlib
 import http.server
 import json
 import os
 import pickle
+import signal
+import subprocess
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -83,8 +88,32 @@ def test_openwebtext_from_local_files(tmp_path, shakespeare, bpe, golden_data, k
     assert f'{facts["train"]["documents"]:,} documents' in out and '4 documents, 189 tokens' in out
     if kind == 'jsonl':  # run again it takes what is cached, even where the bins are gone
         (tmp_path / 'out' / 'train.bin').unlink()
-        again = openwebtext(tmp_path, f'--input={tmp_path}/*.{kind}')
-        assert sums(tmp_path / 'out') == expected(facts) and 'tokenizing' not in again.stderr
+        openwebtext(tmp_path, f'--input={tmp_path}/*.{kind}')
+        assert sums(tmp_path / 'out') == expected(facts)
+
+
+def test_openwebtext_goes_on_where_it_was_stopped(tmp_path, bpe):
+    with open(tmp_path / 'a.jsonl', 'w', encoding='utf-8') as f:
+        for i in range(3000):
+            f.write(json.dumps({'text': f'{i} ' + 'and so on ' * 400}) + '\n')
+    args = [f'--input={tmp_path}/a.jsonl', f'--out_dir={tmp_path / "out"}', '--num_proc=2', '--part=500']
+
+    def finished():
+        return {path: os.stat(path).st_ino for path in glob.glob(f'{tmp_path}/cache/**/cache-*_of_*.arrow', recursive=True)}
+
+    command = [sys.executable, os.path.join(ROOT, 'data', 'openwebtext', 'prepare.py'), *args]
+    stopped = subprocess.Popen(command, env={**os.environ, 'HF_DATASETS_CACHE': str(tmp_path / 'cache')}, stderr=subprocess.DEVNULL, start_new_session=True)
+    while len(finished()) < 4:
+        assert stopped.poll() is None
+        time.sleep(0.01)
+    os.killpg(stopped.pid, signal.SIGKILL)
+    stopped.wait()
+    kept = finished()
+    assert len(kept) < 12 and not (tmp_path / 'out' / 'train.bin').exists()
+    run('data/openwebtext/prepare.py', *args, HF_DATASETS_CACHE=str(tmp_path / 'cache'))
+    assert kept.items() <= finished().items() and len(finished()) == 2 * 6 + 2  # two processes' shares of 6 parts, and of val
+    run('data/openwebtext/prepare.py', *args[:1], f'--out_dir={tmp_path / "whole"}', '--num_proc=1', HF_DATASETS_CACHE=str(tmp_path / 'another'))
+    assert sums(tmp_path / 'out') == sums(tmp_path / 'whole')
 
 
 def test_openwebtext_of_two_documents(tmp_path, bpe):

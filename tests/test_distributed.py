@@ -4,6 +4,8 @@ import torch
 from conftest import TINY, metrics, run, run_ranks, torchrun
 
 import checkpoint
+import distributed
+from model import GPT, GPTConfig
 
 
 @pytest.mark.parametrize('dropout', ['0.0', '0.2'])
@@ -49,3 +51,31 @@ def test_what_every_rank_finds_is_said_once(char_data, tmp_path):
     with pytest.raises(AssertionError) as error:
         torchrun(2, 'train.py', *TINY, f'--dataset={char_data}', f'--out_dir={tmp_path / "out"}', '--init_from=resume')
     assert str(error.value).count('no checkpoint that can be read') == 1
+
+
+def test_gradients_travel_in_buckets_during_the_backward_pass():
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=6, n_head=4, n_embd=512))  # 76 MB of gradients
+        wrapped, seen = distributed.wrap(model, 'cpu', 'ddp'), []
+
+        def sent(_, bucket):
+            seen.append('bucket')
+            done = torch.futures.Future()
+            done.set_result(bucket.buffer())
+            return done
+
+        wrapped.register_comm_hook(None, sent)
+        for number, block in enumerate(model.transformer.h):
+            block.register_full_backward_hook(lambda *_, number=number: seen.append(number))
+        x = torch.randint(64, (2, 17))
+        for iteration in range(2):  # the buckets are made anew, in the order of the backward pass, after the first
+            seen.clear()
+            for now in (False, True):
+                with distributed.sync_gradients(wrapped, now):
+                    wrapped(x[:, :-1], x[:, 1:])[1].backward()
+                assert now or 'bucket' not in seen
+        after_each = [seen[:len(seen) - seen[::-1].index(number)].count('bucket') for number in (5, 2, 0)]
+        assert seen.count('bucket') >= 4 and after_each[1] >= 1 and after_each[2] >= 2, seen
+    finally:
+        torch.distributed.destroy_process_group()

@@ -188,7 +188,8 @@ def test_the_loss_alone_is_the_same_loss(dtype, rtol):
     for whole, pieces in zip(*results):
         assert (whole - pieces).norm() <= rtol * whole.norm()
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=dtype == 'bfloat16'):
-        assert abs(model(x, y, return_logits=False)[1] - loss) < 1e-6 * loss
+        # in bfloat16 attention takes another path where there are no gradients
+        assert abs(model(x, y, return_logits=False)[1] - loss) < (1e-6 if dtype == 'float32' else 1e-4) * loss
 
 
 def test_compiled_it_gives_no_logits_and_compiles_once():

@@ -53,8 +53,9 @@ def test_equals_one_process(args, single, tmp_path, parallel, ranks):
 def test_a_checkpoint_goes_on_under_any_other(args, single, tmp_path, path):
     out_dir, dropout = single
     for step, (parallel, ranks) in enumerate(path, 1):
-        start(ranks, *args, f'--dropout={dropout}', f'--out_dir={tmp_path}', f'--parallel={parallel}', '--init_from=auto',
-              f'--max_iters={20 * step // len(path)}')
+        out = start(ranks, *args, f'--dropout={dropout}', f'--out_dir={tmp_path}', f'--parallel={parallel}', '--init_from=auto',
+                    f'--max_iters={20 * step // len(path)}')
+        assert ('resumed from' in out) == (step > 1)
     one, many = losses(out_dir), losses(tmp_path)
     assert one.keys() <= many.keys() and all(many[key] == pytest.approx(value, rel=1e-4) for key, value in one.items())
 
@@ -63,7 +64,8 @@ def test_a_checkpoint_goes_on_under_any_other(args, single, tmp_path, path):
 def test_pieces_equal_the_whole_to_the_bit(args, tmp_path, parallel):
     for out_dir, cuts in (('whole', [12]), ('parts', [5, 12])):
         for upto in cuts:
-            start(2, *args, '--dropout=0.1', f'--out_dir={tmp_path / out_dir}', f'--parallel={parallel}', f'--max_iters={upto}', '--init_from=auto')
+            out = start(2, *args, '--dropout=0.1', f'--out_dir={tmp_path / out_dir}', f'--parallel={parallel}', f'--max_iters={upto}', '--init_from=auto')
+    assert 'resumed from' in out
     assert equal_states(tmp_path / 'whole' / 'ckpt.pt', tmp_path / 'parts' / 'ckpt.pt')
 
 
@@ -89,7 +91,8 @@ def test_moments_in_bfloat16(args, single, tmp_path, parallel, ranks):
     low = [*args, f'--dropout={dropout}', '--moments_dtype=bfloat16']
     start(1, *low, f'--out_dir={tmp_path / "one"}')
     for upto in (11, 20):  # cut and resumed on the way
-        start(ranks, *low, f'--out_dir={tmp_path / "many"}', f'--parallel={parallel}', f'--max_iters={upto}', '--init_from=auto')
+        out = start(ranks, *low, f'--out_dir={tmp_path / "many"}', f'--parallel={parallel}', f'--max_iters={upto}', '--init_from=auto')
+    assert 'resumed from' in out
     one, many, full = losses(tmp_path / 'one'), losses(tmp_path / 'many'), losses(out_dir)
     assert all(many[key] == pytest.approx(value, rel=2e-3) for key, value in one.items() if key in many)
     assert all(abs(full[key] - value) < 0.02 for key, value in one.items() if 'loss' in key[1]) and full != one

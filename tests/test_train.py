@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, files, functions_of, metrics, run, run_here, run_ranks
+from conftest import ROOT, TINY, files, functions_of, metrics, run, run_here, run_ranks, start_ranks
 
 import checkpoint
 import model
@@ -345,11 +345,14 @@ def test_skipped_updates_between_two_lines_count(char_data, tmp_path, monkeypatc
     assert out.returncode == 1 and out.stderr.splitlines()[-1].startswith('error: 3 updates in a row')
 
 
-def test_too_many_bad_gradients_end_the_run(char_data, tmp_path):
-    bad = run('train.py', *TINY, f'--dataset={char_data}', '--max_iters=20', '--learning_rate=1e30', '--decay_lr=False', '--max_bad_steps=3',
-                   f'--out_dir={tmp_path}', '--log_interval=2', ok=None)
-    last = bad.stderr.splitlines()[-1]
-    assert bad.returncode == 1 and last.startswith('error: 4 updates in a row had a gradient that is not finite') and '--learning_rate' in last
+@pytest.mark.parametrize('parallel', ['', *(pytest.param(mode, marks=pytest.mark.slow) for mode in ('ddp', 'zero1', 'fsdp'))])
+def test_too_many_bad_gradients_end_the_run(char_data, tmp_path, parallel):
+    args = [*TINY, f'--dataset={char_data}', '--max_iters=20', '--learning_rate=1e30', '--decay_lr=False', '--max_bad_steps=3',
+            f'--out_dir={tmp_path}', '--log_interval=2']
+    ranks = [process.communicate()[1] for process in start_ranks(2, 'train.py', *args, f'--parallel={parallel}')] if parallel else None
+    bad = None if parallel else run('train.py', *args, ok=None)
+    last = (ranks[0] if parallel else bad.stderr).splitlines()[-1]
+    assert (parallel or bad.returncode == 1) and last.startswith('error: 4 updates in a row had a gradient that is not finite') and '--learning_rate' in last
     state = checkpoint.load(str(tmp_path / 'ckpt_last.pt'))
     assert state['iter_num'] == 5 and all(w.isfinite().all() for w in state['model'].values()) and str(tmp_path / 'ckpt_last.pt') in last
 

@@ -5,6 +5,7 @@ OpenWebText in GPT-2's BPE: 54 GB of text, 9.0B training tokens (17 GB), and as 
     python data/openwebtext/prepare.py --input='crawl/*.parquet'
 """
 import glob
+import math
 import os
 import sys
 import time
@@ -17,6 +18,7 @@ from tokenizer import END_OF_TEXT, GPT2Tokenizer
 # text
 input = ''  # files in its place, as a glob: .parquet, .jsonl (column text) or .txt (documents between blank lines), also .gz
 num_proc = 0  # processes to tokenize with; 0: one per core
+part = 125_000  # documents tokenized at a time: what a stopped run keeps is whole parts
 out_dir = ''  # where train.bin and val.bin go; '': this folder
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..', 'configurator.py'), encoding='utf-8').read())
 
@@ -65,13 +67,16 @@ if __name__ == '__main__':  # worker processes may import this file again
     if len(documents) < 2:
         corpus.fail(f'{input} has {len(documents)} documents', 'at least two are needed, one for either split')
     splits = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-    # datasets caches what each process has finished: run again, this goes on where it was stopped
-    splits = splits.map(tokenize, batched=True, remove_columns=documents.column_names, num_proc=processes, desc='tokenizing',
-                        features=datasets.Features({'ids': datasets.List(datasets.Value('uint16'))}))
     for split, name in (('train', 'train'), ('test', 'val')):
+        # datasets caches each part: run again, this goes on where it was stopped
+        parts = math.ceil(len(splits[split]) / part)
+        tokenized = datasets.concatenate_datasets([
+            splits[split].shard(parts, i, contiguous=True).map(
+                tokenize, batched=True, remove_columns=documents.column_names, num_proc=processes, desc=f'tokenizing, part {i + 1} of {parts} of {name}',
+                features=datasets.Features({'ids': datasets.List(datasets.Value('uint16'))})) for i in range(parts)])
         path, tokens = os.path.join(folder, f'{name}.bin'), 0
         with open(path + '.tmp', 'wb') as f:
-            for table in tqdm(splits[split].with_format('arrow').iter(1000), desc=f'writing {name}.bin', unit='kdoc', disable=None):
+            for table in tqdm(tokenized.with_format('arrow').iter(1000), desc=f'writing {name}.bin', unit='kdoc', disable=None):
                 ids = table['ids'].combine_chunks().flatten().to_numpy()
                 ids.astype('<u2').tofile(f)
                 tokens += len(ids)
