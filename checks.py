@@ -104,6 +104,20 @@ def make_folder(path):
         fail(f'{path!r} cannot be made a folder to write to ({e.strerror})', 'name another with --out_dir')
 
 
+def read_text(path, remedy='name a text file with --input=FILE'):
+    """The file's text; fails if it isn't there, is empty or isn't UTF-8."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            text = f.read()
+    except OSError as e:
+        fail(f'{path} cannot be read ({e.strerror})', remedy)
+    except UnicodeDecodeError as e:
+        fail(f'{path} is not UTF-8 (byte {e.start})', 'convert it first')
+    if not text:
+        fail(f'{path} is empty', remedy)
+    return text
+
+
 def choose_device(device, local_rank=0):
     """The torch device string to use for the knob `device`, and why: 'auto' is the best device there is.
 
@@ -313,14 +327,20 @@ def check_memory(needed, device):
         warn(f'that may not fit: {free / 2**30:.2f} GiB are free on {device}')
 
 
+def quiet_interrupts():
+    """From here on Ctrl-C ends the program without a traceback; the status stays that of an interrupt, 130."""
+    before = sys.excepthook
+    sys.excepthook = lambda kind, e, trace: None if issubclass(kind, KeyboardInterrupt) else before(kind, e, trace)
+
+
 def explain_crashes(device, config):
-    """From here on running out of memory ends the program with one line that names ways out, and Ctrl-C with none."""
+    """From here on running out of memory ends the program with one line that names ways out."""
+    before = sys.excepthook
+
     def hook(kind, e, trace):
-        if issubclass(kind, KeyboardInterrupt):
-            return
         text = str(e)  # of torch's errors; the CPU's has no class of its own
         if not issubclass(kind, MemoryError) and 'out of memory' not in text and "can't allocate memory" not in text:
-            return sys.__excepthook__(kind, e, trace)
+            return before(kind, e, trace)
         asked, free = re.search(r'[Tt]ried to allocate ([\d.]+) (\w+)', text), free_memory(device)
         asked = f'{int(asked[1]) / 2**30:.2f} GiB' if asked and asked[2] == 'bytes' else asked.expand(r'\1 \2') if asked else 'more memory'
         batch_size, accumulation = config['batch_size'], config['gradient_accumulation_steps']

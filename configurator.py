@@ -162,6 +162,7 @@ def _configure():
         checks.fail('; '.join(mistakes), f'python {checks.shown(script)} --help lists the knobs')
     space['config'] = {name: space[name] for name in own}
 
+    checks.quiet_interrupts()
     if {'-h', '--help'} & set(sys.argv[1:]):
         with open(script, encoding='utf-8') as f:
             print(ast.get_docstring(ast.parse(f.read())) or os.path.basename(script))

@@ -12,7 +12,7 @@ import urllib.request
 import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
-from checks import check_ranges, fail, make_folder, shown  # noqa: F401, for the prepare scripts too
+from checks import check_ranges, fail, make_folder, read_text, shown  # noqa: F401, for the prepare scripts too
 
 SHAKESPEARE_URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
@@ -26,20 +26,6 @@ def read_shakespeare(input_file, folder):
     return read_text(input_file or path)
 
 
-def read_text(path):
-    """The file's text; fails if it isn't there, is empty or isn't UTF-8."""
-    try:
-        with open(path, encoding='utf-8') as f:
-            text = f.read()
-    except OSError as e:
-        fail(f'{path} cannot be read ({e.strerror})', 'name a text file with --input=FILE')
-    except UnicodeDecodeError as e:
-        fail(f'{path} is not UTF-8 (byte {e.start})', 'convert it first')
-    if not text:
-        fail(f'{path} is empty', 'name a text file with --input=FILE')
-    return text
-
-
 def download(url, sha256, path, tries=3, timeout=30):
     """Fetches url to path, whole and with the right SHA-256, or not at all."""
     for wait in [2 ** n for n in range(tries - 1)] + [None]:
@@ -49,7 +35,7 @@ def download(url, sha256, path, tries=3, timeout=30):
             break
         except (OSError, http.client.HTTPException) as e:  # URLError, timeouts and resets are OSErrors
             if wait is None:
-                fail(f'{url} could not be downloaded ({e})', f'without a network, put the file there yourself as {path}, '
+                fail(f'{url} could not be downloaded ({e})', f'without a network, put the file there yourself as {path}, name it with --input=FILE, '
                      'or take the dataset that needs none: python data/python_char/prepare.py')
             time.sleep(wait)
     found = hashlib.sha256(content).hexdigest()

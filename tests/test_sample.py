@@ -1,9 +1,18 @@
 """sample.py as people use it."""
+import json
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import run, run_here
+from conftest import ROOT, run, run_here
+
+try:
+    import pty
+except ImportError:  # Windows
+    pty = None
 
 LINE = '-' * 15 + '\n'
 
@@ -112,3 +121,74 @@ def test_characters_beyond_a_token(tmp_path, bpe):
     # one token fewer ends within the character: whole, it shows as U+FFFD; streamed, it isn't shown
     assert sample(tmp_path, *flags, '--max_new_tokens=9').stdout == 5 * character + '\ufffd\n' + LINE
     assert sample(tmp_path, *flags, '--max_new_tokens=9', '--stream').stdout == 5 * character + '\n' + LINE
+
+
+def test_lines_of_json(trained):
+    args = ['--num_samples=2', '--max_new_tokens=12', '--start=1 and']
+    plain = sample(trained, *args).stdout
+    lines = [json.loads(line) for line in sample(trained, *args, '--format=jsonl').stdout.splitlines()]
+    assert [e['prompt'] + e['text'] for e in lines] == [text.removesuffix('\n') for text in plain.split(LINE)[:-1]]
+    assert [e['stopped'] for e in lines] == [False, False]
+    first = json.loads(sample(trained, *args, '--format=jsonl', f'--stop={lines[0]["text"][3:5]}').stdout.splitlines()[0])
+    assert first['stopped'] and first['text'] == lines[0]['text'][:lines[0]['text'].index(lines[0]['text'][3:5])]
+    assert 'use text or jsonl' in sample(trained, '--format=xml', ok=False).stderr
+
+
+class Terminal:
+    """sample.py --interactive at a terminal."""
+
+    def __init__(self, *args):
+        self.pid, self.fd = pty.fork()
+        if not self.pid:
+            os.execv(sys.executable, [sys.executable, os.path.join(ROOT, 'sample.py'), '--interactive', *args])
+        self.seen = ''
+
+    def until(self, text):
+        """What comes up to and with the text."""
+        while text not in self.seen:
+            self.seen += os.read(self.fd, 4096).decode().replace('\r', '')
+        found, _, self.seen = self.seen.partition(text)
+        return found + text
+
+    def type(self, text):
+        os.write(self.fd, text.encode())
+
+
+@pytest.mark.skipif(pty is None, reason='needs pseudo-terminals')
+def test_interactive(trained):
+    greedy = sample(trained, '--start=1 and', '--temperature=0', '--num_samples=1', '--max_new_tokens=20').stdout
+    greedy = greedy.removeprefix('1 and').partition('\n' + LINE)[0]
+    terminal = Terminal(f'--out_dir={trained}', '--device=cpu', '--max_new_tokens=20', '--dtype=float32')
+    assert 'Ctrl-C stops the answer' in terminal.until('> ')
+    terminal.type('/temperature 0\n')
+    terminal.until('> ')
+    terminal.type('1 and\n')
+    assert terminal.until('\n> ').replace('\x1b[?2004l', '').partition('\n')[2].startswith(greedy)
+    terminal.type('/temperature\n')
+    assert 'temperature=0.0' in terminal.until('> ')
+    for bad, said in (('/temperature -1', 'error: temperature=-1.0 is out of range'), ('/top_k five', "error: top_k cannot be 'five'"),
+                      ('/speed 3', '/temperature 0.5 sets it'), ('1 & 2', "error: characters '&' are not in the vocabulary")):
+        terminal.type(bad + '\n')
+        assert said in terminal.until('\n> ')
+    terminal.type('/max_new_tokens 1000000\n')
+    terminal.until('> ')
+    terminal.type('1 and\n')
+    terminal.until('make')
+    terminal.type('\x03')  # Ctrl-C: the answer ends, the program doesn't
+    terminal.until('> ')
+    terminal.type('\x1b[A\x1b[A\n')  # the line before the last, from the history
+    terminal.until('> ')
+    terminal.type('/max_new_tokens\n')
+    assert 'max_new_tokens=1000000' in terminal.until('> ')
+    terminal.type('\x04')
+    assert os.waitpid(terminal.pid, 0)[1] == 0
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='signals')
+def test_ctrl_c_is_quiet(trained):
+    command = [sys.executable, os.path.join(ROOT, 'sample.py'), f'--out_dir={trained}', '--max_new_tokens=1000000', '--stream', '--start=1 and']
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.read(10).startswith('1 and')
+        process.send_signal(signal.SIGINT)
+        err = process.communicate()[1]
+    assert process.returncode == -signal.SIGINT and 'Traceback' not in err and 'KeyboardInterrupt' not in err
