@@ -4,8 +4,10 @@ What is checked before a run starts: the knobs' ranges, the device and its numbe
 Every check ends in fail(): one line that says what is wrong, with the values, and what to do next.
 """
 import ast
+import contextlib
 import ctypes
 import importlib.util
+import io
 import mmap
 import os
 import re
@@ -20,13 +22,8 @@ REPO = os.path.dirname(os.path.abspath(__file__))
 def say(text, error=False):
     """One line on stdout, or stderr, from rank 0. A closed terminal, or a full disk under it, doesn't end a run."""
     if os.environ.get('RANK', '0') == '0':
-        stream = sys.stderr if error else sys.stdout
-        try:
-            print(text, file=stream, flush=True)
-        except UnicodeEncodeError:  # a terminal of few characters
-            print(text.encode('ascii', 'backslashreplace').decode(), file=stream, flush=True)
-        except OSError:
-            pass
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def warn(text):
@@ -327,8 +324,11 @@ def check_memory(needed, device):
         warn(f'that may not fit: {free / 2**30:.2f} GiB are free on {device}')
 
 
-def quiet_interrupts():
-    """From here on Ctrl-C ends the program without a traceback; the status stays that of an interrupt, 130."""
+def prepare_terminal():
+    """From here on Ctrl-C ends the program without a traceback, and characters that the terminal doesn't have are shown as codes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')
     before = sys.excepthook
     sys.excepthook = lambda kind, e, trace: None if issubclass(kind, KeyboardInterrupt) else before(kind, e, trace)
 
@@ -356,8 +356,9 @@ def explain_crashes(device, config):
 def free_memory(device):
     """Bytes that can still be allocated on the device (a CPU: in the machine); None where the system doesn't say."""
     import torch
-    if torch.device(device).type == 'cuda':
-        return torch.cuda.mem_get_info(device)[0]
+    kind = torch.device(device).type
+    if kind in ('cuda', 'xpu'):
+        return getattr(torch, kind).mem_get_info(device)[0]
     try:
         with open('/proc/meminfo') as f:
             return next(int(line.split()[1]) * 1024 for line in f if line.startswith('MemAvailable'))

@@ -30,6 +30,8 @@ def _configure():
 
     import checks
 
+    checks.prepare_terminal()
+
     def read_knobs(path):
         """{name: (default, heading, comment)} of the script at path, in order; {} if it doesn't run this file."""
         with open(path, encoding='utf-8') as f:
@@ -162,7 +164,6 @@ def _configure():
         checks.fail('; '.join(mistakes), f'python {checks.shown(script)} --help lists the knobs')
     space['config'] = {name: space[name] for name in own}
 
-    checks.quiet_interrupts()
     if {'-h', '--help'} & set(sys.argv[1:]):
         with open(script, encoding='utf-8') as f:
             print(ast.get_docstring(ast.parse(f.read())) or os.path.basename(script))

@@ -115,7 +115,8 @@ if compile and device_type == 'cpu':
 if device_type == 'cpu':
     torch.ones(1).log()  # by one thread: were two to make a process's first exp or log together, one would be 1e-5 off (MKL; 3 runs of 100)
 ptdtype = getattr(torch, dtype)
-ctx = nullcontext() if dtype == 'float32' else torch.autocast(device_type, dtype=ptdtype)
+# no cache: a pass casts each weight once in any case, and would keep all of them to its end
+ctx = nullcontext() if dtype == 'float32' else torch.autocast(device_type, dtype=ptdtype, cache_enabled=False)
 
 # -----------------------------------------------------------------------------
 # the model

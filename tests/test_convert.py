@@ -230,3 +230,17 @@ def test_a_damaged_table_of_characters(tmp_path, damage, capsys):
     with pytest.raises(SystemExit):
         convert.read_characters(str(tmp_path))
     assert 'is no table of characters' in capsys.readouterr().err
+
+
+def test_finetuning_in_little_memory_still_learns(tmp_path, char_data, trained):
+    # as config/finetune_shakespeare_gpt2.py does, on a model that has learned something
+    run('convert.py', f'--out_dir={trained}', f'--hf_dir={tmp_path / "hf"}')
+    args = [*TINY, f'--init_from={tmp_path / "hf"}', f'--dataset={char_data}', '--learning_rate=3e-5', '--decay_lr=False', '--max_iters=20',
+            '--gradient_accumulation_steps=8', '--eval_interval=20', '--eval_iters=0']
+    curves = {}
+    for name, flags in (('full', []), ('low', ['--moments_dtype=bfloat16', '--activation_checkpointing=True'])):
+        run('train.py', *args, *flags, f'--out_dir={tmp_path / name}')
+        curves[name] = [e['loss'] for e in metrics(tmp_path / name, 'iter')]
+        first, last = (e['val/loss'] for e in metrics(tmp_path / name, 'eval'))
+        assert last < first - 0.01
+    assert curves['low'] != curves['full'] and max(abs(a - b) for a, b in zip(*curves.values())) < 0.002

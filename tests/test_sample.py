@@ -192,3 +192,9 @@ def test_ctrl_c_is_quiet(trained):
         process.send_signal(signal.SIGINT)
         err = process.communicate()[1]
     assert process.returncode == -signal.SIGINT and 'Traceback' not in err and 'KeyboardInterrupt' not in err
+
+
+def test_a_terminal_of_few_characters(trained):
+    command = [sys.executable, os.path.join(ROOT, 'sample.py'), f'--out_dir={trained}', '--start=\u00e9']
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
+    assert done.returncode == 1 and done.stderr.startswith(r"error: characters '\xe9' are not in the vocabulary") and done.stderr.count('\n') == 1
