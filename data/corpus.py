@@ -12,7 +12,7 @@ import urllib.request
 import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
-from checks import check_ranges, fail, make_folder, read_text, shown  # noqa: F401, for the prepare scripts too
+from checks import REPO, check_ranges, fail, make_folder, read_text, shown  # noqa: F401, for the prepare scripts too
 
 SHAKESPEARE_URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
@@ -66,8 +66,8 @@ def encode_chars(text, meta):
     return table[codes]
 
 
-def write_splits(folder, train_ids, val_ids, meta, started):
-    """Writes train.bin, val.bin and, with a meta, meta.pkl to the folder, and prints what they hold."""
+def write_splits(folder, train_ids, val_ids, meta, started, then):
+    """Writes train.bin, val.bin and, with a meta, meta.pkl to the folder, and prints what they hold and train.py's arguments for them."""
     if min(len(train_ids), len(val_ids)) == 0:
         fail(f'the text gives {len(train_ids)} training and {len(val_ids)} validation tokens', 'use a longer text')
     make_folder(folder)
@@ -85,3 +85,9 @@ def write_splits(folder, train_ids, val_ids, meta, started):
     else:
         print('vocabulary: GPT-2 BPE, 50,257 tokens')
     print(f'written to {shown(folder)} in {time.time() - started:.1f} s')
+    print_next(then)
+
+
+def print_next(then):
+    """Says how to train on it: train.py's arguments."""
+    print(f'train on it: python {shown(os.path.join(REPO, "train.py"))} {then}')

@@ -84,3 +84,4 @@ if __name__ == '__main__':  # worker processes may import this file again
         print(f'{name}.bin: {len(splits[split]):,} documents, {tokens:,} tokens, {2 * tokens:,} bytes')
     print('vocabulary: GPT-2 BPE, 50,257 tokens')
     print(f'written to {corpus.shown(folder)} in {time.time() - started:.1f} s by {processes} processes')
+    corpus.print_next('config/train_gpt2.py' + (f' --dataset={out_dir}' if out_dir else ''))

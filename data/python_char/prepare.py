@@ -44,4 +44,5 @@ for place, dirs, names in os.walk(root):
 train, val = ''.join(splits['train']), ''.join(splits['val'])
 print(f'text: {files} files, {len(train) + len(val):,} characters of Python {sys.version.split()[0]}')
 meta = corpus.char_table(train + val)
-corpus.write_splits(out_dir or os.path.dirname(os.path.abspath(__file__)), corpus.encode_chars(train, meta), corpus.encode_chars(val, meta), meta, started)
+corpus.write_splits(out_dir or os.path.dirname(os.path.abspath(__file__)), corpus.encode_chars(train, meta), corpus.encode_chars(val, meta), meta, started,
+                    'config/train_python_char.py' + (f' --dataset={out_dir}' if out_dir else ''))

@@ -21,4 +21,5 @@ text = corpus.read_shakespeare(input, folder)
 print(f'text: {len(text):,} characters')
 split = int(0.9 * len(text))  # of the text, so that no token spans both splits
 encode = GPT2Tokenizer().encode_ordinary
-corpus.write_splits(out_dir or folder, encode(text[:split]), encode(text[split:]), None, started)
+corpus.write_splits(out_dir or folder, encode(text[:split]), encode(text[split:]), None, started,
+                    'config/finetune_shakespeare_gpt2.py' + (f' --dataset={out_dir}' if out_dir else ''))

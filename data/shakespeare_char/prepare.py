@@ -20,4 +20,5 @@ print(f'text: {len(text):,} characters')
 meta = corpus.char_table(text)
 ids = corpus.encode_chars(text, meta)
 split = int(0.9 * len(ids))
-corpus.write_splits(out_dir or folder, ids[:split], ids[split:], meta, started)
+corpus.write_splits(out_dir or folder, ids[:split], ids[split:], meta, started,
+                    'config/train_shakespeare_char_cpu.py' + (f' --dataset={out_dir}' if out_dir else '') + ', with a GPU config/train_shakespeare_char.py')

@@ -37,7 +37,6 @@ if tokenizer == 'char':
 else:
     meta, encode = None, GPT2Tokenizer().encode_ordinary
     train_ids, val_ids = encode(text[:split]), encode(text[split:])
-corpus.write_splits(out_dir or os.path.join(data, name), train_ids, val_ids, meta, started)
-if not out_dir:
-    config_file = 'train_python_char' if tokenizer == 'char' else 'finetune_shakespeare'
-    print(f'train on it: python train.py config/{config_file}.py --dataset={name} --out_dir=out-{name}')
+config_file = 'train_python_char' if tokenizer == 'char' else 'finetune_shakespeare_gpt2'
+corpus.write_splits(out_dir or os.path.join(data, name), train_ids, val_ids, meta, started,
+                    f'config/{config_file}.py --dataset={out_dir or name} --out_dir=out-{name or os.path.basename(os.path.normpath(out_dir))}')
