@@ -93,12 +93,12 @@ def check_ranges(config):
         warn(f'min_lr={config["min_lr"]} is above learning_rate={config["learning_rate"]}: the learning rate rises in the end')
 
 
-def make_folder(path):
+def make_folder(path, knob='--out_dir'):
     """Makes the folder, if it isn't there; fails if it can't be."""
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as e:
-        fail(f'{path!r} cannot be made a folder to write to ({e.strerror})', 'name another with --out_dir')
+        fail(f'{path!r} cannot be made a folder to write to ({e.strerror})', f'name another with {knob}')
 
 
 def read_text(path, remedy='name a text file with --input=FILE'):
@@ -329,6 +329,8 @@ def prepare_terminal():
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='backslashreplace')
+            if os.name == 'nt' and not stream.isatty():  # a file there would get an old code page
+                stream.reconfigure(encoding='utf-8')
     before = sys.excepthook
     sys.excepthook = lambda kind, e, trace: None if issubclass(kind, KeyboardInterrupt) else before(kind, e, trace)
 
@@ -361,6 +363,10 @@ def free_memory(device):
         return getattr(torch, kind).mem_get_info(device)[0]
     try:
         with open('/proc/meminfo') as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith('MemAvailable'))
+            free = next(int(line.split()[1]) * 1024 for line in f if line.startswith('MemAvailable'))
     except (OSError, StopIteration):
         return None
+    with contextlib.suppress(OSError, ValueError):  # a container may have less; 'max' is no number
+        limit, used = (open(f'/sys/fs/cgroup/memory.{name}').read() for name in ('max', 'current'))
+        free = min(free, max(0, int(limit) - int(used)))
+    return free

@@ -64,8 +64,11 @@ def read_hf(model_type, dtype=torch.float32):
         unfit.append(f'n_inner={hf["n_inner"]!r}')
     if unfit:
         fail(f'{model_type} is no plain GPT-2: {", ".join(unfit)[:200]}', 'this model has no such option')
-    args = dict(sizes, bias=hf.get('bias') is not False, gelu=GELUS[gelu])
-    return args, _read_tensors(folder, args, dtype)
+    args = dict(sizes, bias=True, gelu=GELUS[gelu])
+    tensors = _read_tensors(folder, args, dtype)
+    if hf.get('bias') is False and not any(tensors[name].any() for name in tensors if name.endswith('.bias')):  # as write_hf left them
+        args, tensors = {**args, 'bias': False}, {name: w for name, w in tensors.items() if not name.endswith('.bias')}
+    return args, tensors
 
 
 def _fetch(model_type):
@@ -95,8 +98,6 @@ def _read_tensors(folder, args, dtype):
                     ours = 'transformer.' + key.removeprefix('transformer.')
                     if key == 'lm_head.weight' or ours.endswith(('.attn.bias', '.attn.masked_bias')):
                         continue  # the embedding once more; and masks, not weights
-                    if ours.endswith('.bias') and not args['bias']:
-                        continue  # GPT-2's format has them in any case: zeros
                     piece = f.get_slice(key)
                     if piece.get_dtype() not in ('F64', 'F32', 'F16', 'BF16'):
                         raise ValueError(f'{key} is in {piece.get_dtype()}')
@@ -120,21 +121,23 @@ def _read_tensors(folder, args, dtype):
 
 
 def read_characters(init_from):
-    """The meta dict of a folder that write_hf() has made of a character model; None means GPT-2's BPE."""
+    """The meta dict of a folder that write_hf() has made of a character model; None means GPT-2's BPE. Fails if it is another tokenizer's."""
     path = os.path.join(init_from, 'tokenizer.json')
     if not os.path.isfile(path):
         return None
     try:
         with open(path, encoding='utf-8') as f:
-            table = json.loads(f.read(2 ** 25))['model']
+            table = json.loads(f.read(2 ** 23))['model']
         if table['type'] != 'WordLevel':
+            if [table['vocab'].get(word) for word in ('!', 'the', '\u0120the', '\u0120gazed')] != [0, 1169, 262, 50255]:
+                raise ValueError("it isn't GPT-2's BPE either")
             return None
         meta = dict(vocab_size=len(table['vocab']), stoi=table['vocab'], itos={i: c for c, i in table['vocab'].items()})
         check_meta(meta)
         if any(len(c) != 1 for c in meta['stoi']):
             raise ValueError('its tokens are no characters')
     except Exception as e:  # it may hold anything
-        fail(f'{path} is no table of characters ({first_line(e)})', 'save the folder again')
+        fail(f'{path} is no table of characters ({first_line(e)})', "the model needs a tokenizer of its own: here are only characters and GPT-2's BPE")
     return meta
 
 
@@ -142,10 +145,12 @@ def write_hf(model, hf_dir, meta=None):
     """Writes a GPT as an empty folder's model.safetensors, config.json, generation_config.json and tokenizer, in GPT-2's format.
 
     The tokenizer is that of meta, a dataset's characters, or GPT-2's; rows that pad the vocabulary beyond it are left out.
-    transformers needs nothing of ours to load it. Fails if the model isn't one that GPT-2's format can hold.
+    transformers needs nothing of ours to load it. Fails if meta's tokens aren't single characters, or more than the model has.
     """
     from safetensors.torch import save_file
     from transformers import GenerationConfig, GPT2Config
+    if meta and any(len(c) != 1 for c in meta.get('stoi', ())):
+        fail('some tokens of its vocabulary are longer than a character', 'transformers has no tokenizer for these: share its checkpoint instead')
     c, tokenizer = model.config, hf_tokenizer(meta)
     vocab_size = len(tokenizer)
     if vocab_size > c.vocab_size:
@@ -161,7 +166,7 @@ def write_hf(model, hf_dir, meta=None):
     config = GPT2Config(architectures=['GPT2LMHeadModel'], vocab_size=vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
                         n_head=c.n_head, activation_function={gelu: name for name, gelu in reversed(GELUS.items())}[c.gelu], resid_pdrop=c.dropout,
                         embd_pdrop=c.dropout, attn_pdrop=c.dropout, bos_token_id=end, eos_token_id=end, dtype='float32', bias=c.bias)
-    make_folder(hf_dir)
+    make_folder(hf_dir, '--hf_dir')
     save_file(tensors, os.path.join(hf_dir, 'model.safetensors'), metadata={'format': 'pt'})
     tokenizer.save_pretrained(hf_dir)
     GenerationConfig(bos_token_id=end, eos_token_id=end).save_pretrained(hf_dir)
@@ -187,15 +192,16 @@ def hf_tokenizer(meta):
 # -----------------------------------------------------------------------------
 if __name__ == '__main__':
     if to not in ('hf', 'native') or not hf_dir:
-        fail(f'to={to!r}, hf_dir={hf_dir!r} say not what to convert', 'python convert.py --out_dir=out --hf_dir=my-gpt2')
+        fail(f'with to={to!r} and hf_dir={hf_dir!r} it is not clear what to convert', 'python convert.py --out_dir=out --hf_dir=my-gpt2')
     if to == 'hf':
-        if os.path.isdir(hf_dir) and os.listdir(hf_dir):
-            fail(f'{hf_dir} is not empty', 'name a new folder with --hf_dir')
+        if os.path.isfile(hf_dir) or os.path.isdir(hf_dir) and os.listdir(hf_dir):
+            fail(f'{hf_dir} is not an empty folder', 'name a new one with --hf_dir')
         state, path = checkpoint.load_best(out_dir)
         meta = checkpoint.find_meta(state, out_dir, path)
         write_hf(checkpoint.build_model(state, state['model_args'].get('dropout', 0.0)), hf_dir, meta)
+        prompt = 'A' if not meta or 'A' in meta['stoi'] else min(meta['stoi'])
         say(f'{path} is in {hf_dir} now; try it: python -c "from transformers import pipeline; '
-            f"print(pipeline('text-generation', {hf_dir!r})('A'))\"")
+            f"print(pipeline('text-generation', {hf_dir!r})({prompt!r}))\"")
     else:
         if checkpoint.exists(out_dir):
             fail(f'{out_dir} already has a checkpoint', 'name a new folder with --out_dir')

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class GPTConfig:
+    """The shape of a GPT; ValueError if n_head doesn't divide n_embd."""
     block_size: int = 1024  # the longest context, in tokens
     vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64: matmuls like it
     n_layer: int = 12
@@ -212,6 +213,7 @@ class PackedLinear(nn.Module):
 
 
 class GPT(nn.Module):
+    """Embeddings of tokens and positions, blocks, a last norm, and an output layer that is the token embedding once more."""
 
     def __init__(self, config):
         super().__init__()

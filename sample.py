@@ -151,10 +151,10 @@ def interact():
     note(HELP)
     while True:
         try:
-            line = input('> ')
+            line = input('> ').replace('\\n', '\n')
             name, _, value = line.removeprefix('/').partition(' ')
             if not line.startswith('/'):
-                generate(line.replace('\\n', '\n') or '\n', stream=True)
+                generate(line or '\n', stream=True)
             elif name not in ('temperature', 'top_k', 'top_p', 'max_new_tokens', 'seed', 'stop'):
                 note(HELP)
             elif value:

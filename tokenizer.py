@@ -32,6 +32,7 @@ class CharTokenizer:
         return ''.join([self.itos[i] for i in ids]).encode('utf-8')
 
     def decode(self, ids):
+        """The text of ids (list of int)."""
         return ''.join([self.itos[i] for i in ids])
 
 
@@ -61,6 +62,7 @@ class GPT2Tokenizer:
         return self.bpe.decode_bytes(ids)
 
     def decode(self, ids):
+        """The text of ids (list of int); bytes that are no character are shown as one that says so."""
         return self.bpe.decode(ids)
 
 
@@ -79,14 +81,15 @@ def mean_bytes(tokens, meta):
     if meta and 'itos' not in meta:
         return None
     if meta:
-        length = np.array([len(meta['itos'][i].encode('utf-8')) for i in range(len(meta['itos']))])
+        length = [len(meta['itos'][i].encode('utf-8')) for i in range(len(meta['itos']))]
     else:
         try:
             import tiktoken
             bpe = tiktoken.get_encoding('gpt2')
         except Exception:  # not there, or its download failed
             return None
-        length = np.array([len(bpe.decode_single_token_bytes(i)) for i in range(bpe.n_vocab - 1)] + [0])
+        length = [len(bpe.decode_single_token_bytes(i)) for i in range(bpe.n_vocab - 1)]
+    length = np.pad(length, (0, 2 ** 16))  # what is beyond has no text
     return sum(int(length[tokens[i:i + 2 ** 22]].sum()) for i in range(0, len(tokens), 2 ** 22)) / len(tokens)
 
 

@@ -273,7 +273,7 @@ def save_state(best, finished=False):
     if run_dir:
         run_dir.wait()  # for the copy before this one, or there would be two
     # a copy, so that the training goes on while it is written; where there is no room for one the training waits
-    copy = device_type != 'cpu' or (checks.free_memory(device) or math.inf) > held
+    copy = device_type != 'cpu' or (checks.free_memory(device) or math.inf) > 1.2 * (4 + moments) * num_params
     state = dict(model=distributed.gather(raw_model.state_dict(keep_vars=True), master_process, copy),
                  optimizer=distributed.gather_optimizer(optimizer, master_process, copy), iter_num=iter_num,
                  best_val_loss=best_val_loss, config=config, **ours, **checkpoint.describe(raw_model.config, meta))
@@ -326,7 +326,8 @@ held, activations = checks.training_bytes(num_params, raw_model.config, batch_si
                                           compile and not distributed.is_sharded(raw_model), activation_checkpointing, parallel, ddp_world_size, moments)
 say(f'memory: {held / 2**30:.2f} GiB for weights, gradients and AdamW, about {activations / 2**30:.2f} GiB for activations'
     + (', on each rank' if ddp_world_size > 1 else ''))
-checks.check_memory(held * (3 if init_from != 'resume' else 1) // 4 + activations, device)  # beyond what is there by now
+there = held * (4 + (moments if init_from == 'resume' else 0)) // (8 + moments)  # of it, by now
+checks.check_memory(held - there + activations, device)
 
 wandb_run = never_fatal('wandb', start_wandb) if wandb_log and master_process else None
 if run_dir:
@@ -349,8 +350,8 @@ bad_now, losses = 0, None  # the host's copy of worst; of the last evaluation, N
 mfu = None  # a running mean, unknown at first
 token_bytes = mean_bytes(tokens['val'][1:], meta) if eval_only or not eval_iters else None
 X, Y = get_micro_batch(iter_num, 0)
-t0 = started = time.perf_counter()
-timed_from = iter_num
+t0, timed_from = time.perf_counter(), iter_num
+eval_seconds = 0.0  # that the last evaluation took
 while True:
     last_step = iter_num >= max_iters
     lr = get_lr(iter_num) if decay_lr else learning_rate
@@ -360,6 +361,7 @@ while True:
 
     # once in a while: evaluate, and save the state
     if iter_num % eval_interval == 0 or last_step or eval_only:
+        eval_began = time.perf_counter()
         if (losses := estimate_loss()) is None:
             stop = distributed.wishes()[0]
             break
@@ -372,6 +374,7 @@ while True:
             **{'val/bits_per_byte': bits} if bits else {})
         if iter_num > first_iter or last_step or is_best and iter_num > 0:  # else it is on disk or not worth keeping
             save_state(best=is_best or always_save_checkpoint, finished=last_step)
+        eval_seconds = time.perf_counter() - eval_began
         t0, timed_from = time.perf_counter(), iter_num  # the time isn't the next iteration's
     elif save_now or save_interval and iter_num % save_interval == 0 and iter_num > first_iter:
         save_state(best=False)
@@ -417,7 +420,7 @@ while True:
         t0, timed_from = time.perf_counter(), iter_num + 1
         bad_now, skipped_now = (int(n) for n in torch.stack((worst, skipped)).tolist())
         worst = torch.zeros_like(worst)
-        left = (time.perf_counter() - started) / (iter_num + 1 - first_iter) * (max_iters - iter_num - 1)  # evaluations included
+        left = dt * (max_iters - iter_num - 1) + eval_seconds * (max_iters // eval_interval - iter_num // eval_interval)
         now = raw_model.estimate_mfu(batch_size * micro_steps, dt) if iter_num - first_iter >= 5 else None  # the first ones warm up
         mfu = now if mfu is None else 0.9 * mfu + 0.1 * now
         say(f'iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {f"{mfu * 100:.2f}%" if mfu else "n/a"}, '
@@ -434,12 +437,12 @@ if not finished and not eval_only:
     save_state(best=False)
 saved = run_dir.close() if run_dir else None
 status = 0 if finished else 128 + stop if stop else 1
+if run_dir and loss_png and iter_num > first_iter and not stop:  # who stops a run wants it to end
+    never_fatal('the picture', plot.draw, [out_dir], os.path.join(out_dir, 'loss.png'))
 if run_dir and not saved:
     status = status or 1
     checks.complain(f'the state after {iter_num} iterations could not be saved in {out_dir}', 'what was saved before is still there')
 elif finished and not eval_only:
-    if loss_png and iter_num > first_iter:
-        never_fatal('the picture', plot.draw, [out_dir], os.path.join(out_dir, 'loss.png'))
     best = os.path.join(out_dir, checkpoint.BEST)  # which sample.py takes if there is one
     which = 'it' if saved == best or not os.path.exists(best) else f'the best, {best}'
     say(f'saved {saved} after {iter_num} iterations; sample from {which}: python {checks.shown(os.path.join(checks.REPO, "sample.py"))} --out_dir={out_dir}')

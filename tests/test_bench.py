@@ -6,7 +6,8 @@ import sys
 import pytest
 from conftest import TINY, run
 
-SMALL = [a for a in TINY if a.split('=')[0] not in ('--gradient_accumulation_steps', '--eval_iters', '--warmup_iters', '--lr_decay_iters', '--learning_rate')]
+SMALL = [a for a in TINY if a.split('=')[0] not in ('--gradient_accumulation_steps', '--eval_iters', '--warmup_iters', '--lr_decay_iters', '--learning_rate',
+                                                    '--loss_png')]
 
 
 def bench(*args, cwd):

@@ -216,7 +216,7 @@ def test_characters_are_exported(tmp_path):
 
 def test_nothing_is_written_over(tmp_path, trained):
     (tmp_path / 'notes.txt').write_text('mine')
-    assert 'is not empty' in run('convert.py', f'--out_dir={trained}', f'--hf_dir={tmp_path}', ok=False).stderr
+    assert 'is not an empty folder' in run('convert.py', f'--out_dir={trained}', f'--hf_dir={tmp_path}', ok=False).stderr
     run('convert.py', f'--out_dir={trained}', f'--hf_dir={tmp_path / "hf"}')
     assert 'already has a checkpoint' in run('convert.py', '--to=native', f'--out_dir={trained}', f'--hf_dir={tmp_path / "hf"}', ok=False).stderr
     assert 'convert.py --out_dir=out --hf_dir=my-gpt2' in run('convert.py', f'--out_dir={trained}', ok=False).stderr
@@ -244,3 +244,38 @@ def test_finetuning_in_little_memory_still_learns(tmp_path, char_data, trained):
         first, last = (e['val/loss'] for e in metrics(tmp_path / name, 'eval'))
         assert last < first - 0.01
     assert curves['low'] != curves['full'] and max(abs(a - b) for a, b in zip(*curves.values())) < 0.002
+
+
+def test_biases_that_were_trained_elsewhere_count(tmp_path, bpe):
+    from transformers import AutoModelForCausalLM
+    save_ours(tmp_path / 'out', bias=False)
+    run('convert.py', f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}')
+    assert not GPT.from_pretrained(str(tmp_path / 'hf')).config.bias
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
+    hf.transformer.h[1].mlp.c_fc.bias.data.normal_()
+    hf.save_pretrained(tmp_path / 'tuned')
+    assert json.loads((tmp_path / 'tuned' / 'config.json').read_text())['bias'] is False  # as we wrote it
+    model = GPT.from_pretrained(str(tmp_path / 'tuned')).eval()
+    assert model.config.bias and equal_to(hf, model, 50257)
+
+
+def test_anothers_tokenizer_is_refused(tmp_path, bpe):
+    save_ours(tmp_path / 'out')
+    run('convert.py', f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}')
+    path = tmp_path / 'hf' / 'tokenizer.json'
+    assert convert.read_characters(str(tmp_path / 'hf')) is None
+    table = json.loads(path.read_text(encoding='utf-8'))
+    words = list(table['model']['vocab'])
+    table['model']['vocab'] = dict(zip(words, range(1, len(words) + 1)))
+    path.write_text(json.dumps(table))
+    said = run('sample.py', f'--init_from={tmp_path / "hf"}', ok=False).stderr
+    assert "it isn't GPT-2's BPE either" in said
+
+
+@pytest.mark.parametrize('meta, words', [
+    (dict(vocab_size=3, stoi={'a': 0, 'bc': 1, 'd': 2}, itos={0: 'a', 1: 'bc', 2: 'd'}), 'longer than a character'),
+    (dict(vocab_size=3, stoi={'a': 0, 'b': 1, 'c': 2}, itos={0: 'a', 1: 'b', 2: 'c'}), 'its tokenizer has 3')])
+def test_what_the_format_cannot_hold_is_refused(tmp_path, meta, words):
+    save_ours(tmp_path / 'out', meta=meta, vocab_size=2)
+    assert words in run('convert.py', f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}', ok=False).stderr
+    assert not (tmp_path / 'hf').exists()

@@ -3,7 +3,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import TINY, run
+from conftest import TINY, run, run_ranks
 
 import plot
 
@@ -19,8 +19,11 @@ def test_a_run_leaves_its_picture(tmp_path, char_data):
     run('train.py', *args, '--max_iters=10')
     assert png_size(tmp_path / 'loss.png') == (1100, 700)
     (tmp_path / 'loss.png').unlink()
+    run_ranks(2, 'train.py', *args, '--max_iters=11', '--init_from=resume')
+    assert png_size(tmp_path / 'loss.png') == (1100, 700)
+    (tmp_path / 'loss.png').unlink()
     (tmp_path / 'loss.png').mkdir()  # where it can't be written it's only said
-    assert 'warning: the picture: IsADirectoryError' in run('train.py', *args, '--max_iters=11', '--init_from=resume').stderr
+    assert 'warning: the picture: IsADirectoryError' in run('train.py', *args, '--max_iters=12', '--init_from=resume').stderr
 
 
 @pytest.fixture
@@ -36,21 +39,33 @@ def two_runs(tmp_path):
 
 
 def test_events_and_their_places(two_runs):
-    with open(two_runs / 'a' / 'metrics.jsonl', 'a') as f:  # resumed from iteration 10
-        f.write('\n' + '\n'.join(json.dumps(dict(event='iter', iter=i, loss=9.0, ms=3000, lr=0.1, grad_norm=1.0)) for i in (20, 10)) + '\n')
-    config, iterations, evaluations = plot.read_metrics(two_runs / 'a')
-    assert config['batch_size'] == 3 and [(e['iter'], e['loss'], e['ms']) for e in iterations] == [(0, 3, 1000), (10, 9, 3000), (20, 9, 3000)]
-    assert [e['iter'] for e in evaluations] == [0, 10, 20]
-    places = {x: plot.positions(evaluations, iterations, x, 30).tolist() for x in ('iter', 'tokens', 'seconds')}
-    # 1 iteration of a second, then 10 of 3: before iteration 10 are the first and nine of these
-    assert places == {'iter': [0, 10, 20], 'tokens': [0, 300, 600], 'seconds': [0, 1 + 9 * 3, 1 + 19 * 3]}
+    with open(two_runs / 'a' / 'metrics.jsonl', 'a') as f:  # resumed from iteration 10 with twice the batch, and stopped before 20
+        f.write('\n' + json.dumps(dict(event='run', config=dict(gradient_accumulation_steps=2, batch_size=6, block_size=5))) + '\n')
+        f.write('\n'.join(json.dumps(dict(event='iter', iter=i, loss=9.0, ms=3000, lr=0.1, grad_norm=1.0)) for i in (10, 15)) + '\n')
+        f.write(json.dumps({'event': 'eval', 'iter': 18, 'train/loss': 2, 'val/loss': 2}) + '\n')
+    iterations, evaluations = plot.read_metrics(two_runs / 'a')
+    assert [(e['iter'], e['loss'], e['ms'], e['tokens_per_iter']) for e in iterations] == [(0, 3, 1000, 30), (10, 9, 3000, 60), (15, 9, 3000, 60)]
+    assert [e['iter'] for e in evaluations] == [0, 18]
+    places = {x: plot.positions(evaluations, iterations, x).tolist() for x in ('iter', 'tokens', 'seconds')}
+    # 1 iteration of a second and 30 tokens, then all of 3 seconds and 60
+    assert places == {'iter': [0, 18], 'tokens': [0, 30 + 17 * 60], 'seconds': [0, 1 + 17 * 3]}
 
 
-def test_two_runs_in_one_picture(two_runs):
-    out = run('plot.py', f'--runs={two_runs / "a"},{two_runs / "b"}', '--x=seconds', f'--png={two_runs / "both.png"}')
-    assert out.stdout == f'drawn: {two_runs / "both.png"}\n' and png_size(two_runs / 'both.png') == (1100, 700)
-    plot.draw([two_runs / 'a'], two_runs / 'one.png', 'seconds')
-    from matplotlib.image import imread
-    assert np.any(imread(two_runs / 'one.png') != imread(two_runs / 'both.png'))
-    assert 'has no metrics.jsonl' in run('plot.py', f'--runs={two_runs}', ok=False).stderr
-    assert 'use iter, tokens or seconds' in run('plot.py', f'--runs={two_runs / "a"}', '--x=time', ok=False).stderr
+def test_what_is_drawn(two_runs):
+    figure = plot.draw([two_runs / 'a', two_runs / 'b'], two_runs / 'both.png', 'seconds')
+    assert png_size(two_runs / 'both.png') == (1100, 700)
+    loss, rate, norm, speed = figure.axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in loss.lines}
+    assert lines['a, val'] == [[0, 3], [10, 3 - 1 / 3], [20, 3 - 2 / 3]] and lines['b, train'] == [[0, 3], [20, 2.5], [40, 2]]
+    assert [panel.get_title() for panel in figure.axes] == ['loss, nats a token', 'learning rate', 'norm of the gradient', 'tokens/s']
+    assert rate.lines[1].get_xydata().tolist() == [[0, 0.1], [20, 0.1], [40, 0.1]]
+    np.testing.assert_equal(norm.lines[0].get_ydata(), [1, np.nan, 1])
+    assert [line.get_ydata().tolist() for line in speed.lines] == [[30] * 3, [15] * 3]  # 30 tokens in 1 and in 2 seconds
+
+
+def test_the_script(two_runs):
+    out = run('plot.py', f'--runs={two_runs / "a"},{two_runs / "b"}', '--x=seconds', f'--png={two_runs / "both"}')
+    assert out.stdout == f'drawn: {two_runs / "both"}\n' and png_size(two_runs / 'both') == (1100, 700)
+    for flags, words in (([f'--runs={two_runs}'], 'has no metrics.jsonl'), (['--runs='], 'has no metrics.jsonl'), (['--x=time'], 'use iter, tokens or seconds'),
+                         ([f'--png={two_runs}'], 'cannot be written')):
+        assert words in run('plot.py', f'--runs={two_runs / "a"}', *flags, ok=False).stderr

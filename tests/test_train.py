@@ -384,3 +384,4 @@ def test_bytes_of_a_token(bpe):
         assert mean_bytes(np.array(ids * 3, dtype=np.uint16), table) == pytest.approx(len(text.encode()) / len(ids))
     assert mean_bytes(np.array(ids + [50256]), None) == pytest.approx(len(text.encode()) / (len(ids) + 1))
     assert mean_bytes(np.array(ids), {'vocab_size': 99}) is None
+    assert mean_bytes(np.array([50300, 262]), None) == 2  # ' the', and a row that pads the embedding
