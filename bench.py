@@ -193,7 +193,10 @@ def hf_work():
 def process_work(*command):
     """A whole process, from start to end; its output only if it fails."""
     def work():
-        done = subprocess.run(command, capture_output=True, text=True)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError as e:
+            checks.fail(f'{command[0]!r} cannot be run ({e.strerror})', 'compare with hf, slices or a command')
         if done.returncode:
             checks.fail(f'{shlex.join(command)} ended with status {done.returncode}: {(done.stderr or done.stdout).strip()[-500:]}')
         return done.stdout
@@ -227,8 +230,7 @@ if what == 'run':
     args = [arg for arg in sys.argv[1:] if not re.match('--(what|compare|repeats|num_samples|max_new_tokens|real_data|profile)', arg)]
     ours = process_work(sys.executable, os.path.join(checks.REPO, 'train.py'), *args, f'--out_dir={scratch.name}')
 elif what == 'start':
-    args = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, bias=bias, vocab_size=vocab_size)
-    checkpoint.save(dict(model=model.state_dict(), model_args=args, iter_num=0, best_val_loss=0.0, config={}, meta=meta), scratch.name, best=True)
+    checkpoint.save(dict(checkpoint.describe(model.config, meta), model=model.state_dict(), iter_num=0, best_val_loss=0.0, config={}), scratch.name)
     ours = process_work(sys.executable, os.path.join(checks.REPO, 'sample.py'), f'--out_dir={scratch.name}', '--num_samples=1', '--max_new_tokens=1')
 elif what == 'train':
     ours = train_work(model, lambda model, X, Y: model(X, Y, return_logits=False)[1])

@@ -319,7 +319,9 @@ def _first_readable(out_dir, newest):
             except ValueError as e:
                 warn(str(e))
     if not found:
-        fail(f'no checkpoint that can be read in {out_dir}', 'train first, or name the run\'s folder with --out_dir', who='node')
+        is_hf = os.path.exists(os.path.join(out_dir, 'config.json'))
+        fail(f'no checkpoint that can be read in {out_dir}', f'it is a folder for transformers: use --init_from={out_dir}' if is_hf else
+             'train first, or name the run\'s folder with --out_dir', who='node')
     return max(found, key=lambda pair: pair[0]['iter_num'])
 
 

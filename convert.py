@@ -168,6 +168,7 @@ def write_hf(model, hf_dir, meta=None):
                         embd_pdrop=c.dropout, attn_pdrop=c.dropout, bos_token_id=end, eos_token_id=end, dtype='float32', bias=c.bias)
     make_folder(hf_dir, '--hf_dir')
     save_file(tensors, os.path.join(hf_dir, 'model.safetensors'), metadata={'format': 'pt'})
+    os.chmod(os.path.join(hf_dir, 'model.safetensors'), 0o644)  # it comes readable for its owner alone
     tokenizer.save_pretrained(hf_dir)
     GenerationConfig(bos_token_id=end, eos_token_id=end).save_pretrained(hf_dir)
     config.save_pretrained(hf_dir)  # last: with it the folder is whole
@@ -192,7 +193,7 @@ def hf_tokenizer(meta):
 # -----------------------------------------------------------------------------
 if __name__ == '__main__':
     if to not in ('hf', 'native') or not hf_dir:
-        fail(f'with to={to!r} and hf_dir={hf_dir!r} it is not clear what to convert', 'python convert.py --out_dir=out --hf_dir=my-gpt2')
+        fail(f'with to={to!r} and hf_dir={hf_dir!r} it is not clear what to convert', 'use --to=hf or native: python convert.py --out_dir=out --hf_dir=my-gpt2')
     if to == 'hf':
         if os.path.isfile(hf_dir) or os.path.isdir(hf_dir) and os.listdir(hf_dir):
             fail(f'{hf_dir} is not an empty folder', 'name a new one with --hf_dir')

@@ -3,7 +3,7 @@ Generates text from a checkpoint of train.py or nanoGPT, or from GPT-2.
 
     python sample.py --out_dir=out-shakespeare-char
     python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5 --max_new_tokens=100
-    python sample.py --start=FILE:prompt.txt --temperature=0
+    python sample.py --start=FILE:prompt.txt --temperature=0 --num_samples=1
     python sample.py --init_from=gpt2 --interactive
 
 The text goes to stdout, everything else to stderr. Every knob below can be set in a config file or as --key=value.
@@ -67,7 +67,7 @@ checks.check_ranges(config)
 if start.startswith('FILE:'):
     start = checks.read_text(start.removeprefix('FILE:'), 'name the file of a prompt with --start=FILE:prompt.txt')
 if not start:
-    checks.fail('the prompt is empty', r"a model continues something: try --start='\n'")
+    checks.fail('the prompt is empty', 'a model continues something: without --start it begins with a new line')
 stops = read_stops(stop)
 if format not in ('text', 'jsonl'):
     checks.fail(f'format={format!r} is not known', 'use text or jsonl')
@@ -90,7 +90,7 @@ if init_from == 'resume':
 elif convert.is_hf(init_from):
     model, meta, origin = GPT.from_pretrained(init_from, dict(dropout=0.0), getattr(torch, dtype)), convert.read_characters(init_from), init_from
 else:
-    checks.fail(f'init_from={init_from!r} is not known',
+    checks.fail(f'init_from={init_from!r} is not known', f'it is a run of train.py: use --out_dir={init_from}' if checkpoint.exists(init_from) else
                 'use resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder saved by transformers')
 tokenizer = get_tokenizer(meta)
 if tokenizer.vocab_size > model.config.vocab_size:
@@ -140,7 +140,7 @@ def generate(start, rows=1, stream=False):
 
 
 HELP = """A line is continued; \\n in it is a new line. Ctrl-C stops the answer, Ctrl-D ends.
-/temperature 0.5 sets it, /temperature shows it; so do /top_k, /top_p, /max_new_tokens, /seed and /stop."""
+/temperature 0.5 sets it, /temperature shows it; so do /top_k, /top_p, /max_new_tokens, /seed and /stop (/stop [] for none)."""
 
 
 def interact():
@@ -156,7 +156,7 @@ def interact():
             if not line.startswith('/'):
                 generate(line or '\n', stream=True)
             elif name not in ('temperature', 'top_k', 'top_p', 'max_new_tokens', 'seed', 'stop'):
-                note(HELP)
+                note(f'/{name} is not known. {HELP}')
             elif value:
                 new = type(config[name])(value)
                 checks.check_ranges({name: new})

@@ -319,7 +319,8 @@ say(f'data: {data_dir} ({"its own vocabulary" if meta else "no meta.pkl: GPT-2 B
     f'{len(tokens["val"]):,} val tokens; {tokens_per_iter:,} tokens/iter = '
     f'{gradient_accumulation_steps // ddp_world_size} accumulation x {ddp_world_size} ranks x {batch_size} batch x {block_size} block; '
     f'{max_iters} iterations are {max_iters * tokens_per_iter / len(tokens["train"]):.2f} epochs')
-say(f'machine: {device} ({device_why}), {dtype} ({dtype_why}), {"compiled" if compile else "not compiled"} ({compile_why})'
+threads = f', {torch.get_num_threads()} threads' if device_type == 'cpu' else ''
+say(f'machine: {device} ({device_why}){threads}, {dtype} ({dtype_why}), {"compiled" if compile else "not compiled"} ({compile_why})'
     + (f', {ddp_world_size} ranks over {backend}, {parallel}' if backend else f'; {parallel} is for several processes' if parallel != 'ddp' else ''))
 moments, num_params = 8 if moments_dtype == 'float32' else 4, raw_model.get_num_params(False)
 held, activations = checks.training_bytes(num_params, raw_model.config, batch_size, dtype, device_type,
@@ -424,7 +425,7 @@ while True:
         now = raw_model.estimate_mfu(batch_size * micro_steps, dt) if iter_num - first_iter >= 5 else None  # the first ones warm up
         mfu = now if mfu is None else 0.9 * mfu + 0.1 * now
         say(f'iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {f"{mfu * 100:.2f}%" if mfu else "n/a"}, '
-            f'{tokens_per_iter / dt:,.0f} tokens/s, {timedelta(seconds=round(left))} left')
+            f'{tokens_per_iter / dt:,.0f} tokens/s' + (f', {timedelta(seconds=round(left))} left' if iter_num > first_iter else ''))  # the first is slow
         if bad_now:
             checks.warn(f'iter {iter_num}: skipped updates, as their gradient was not finite: {bad_now} in a row, {skipped_now} in all')
         log('iter', iter=iter_num, loss=loss if math.isfinite(loss) else None, ms=1000 * dt, lr=lr, mfu=100 * mfu if mfu else None,

@@ -35,6 +35,8 @@ def ms_per_iter(processes, port):
             return statistics.median([e['ms'] for e in map(json.loads, f) if e['event'] == 'iter'][1:])
 
 
+if {'-h', '--help'} & set(sys.argv):
+    sys.exit(print(__doc__))
 cores = sorted(os.sched_getaffinity(0))
 if len(cores) < PROCESSES:
     sys.exit(f'error: {len(cores)} cores are not enough for {PROCESSES} processes')
