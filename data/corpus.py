@@ -10,6 +10,7 @@ import time
 import urllib.request
 
 import numpy as np
+from tqdm import tqdm
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 from checks import REPO, check_ranges, fail, make_folder, read_text, shown  # noqa: F401, for the prepare scripts too
@@ -30,8 +31,12 @@ def download(url, sha256, path, tries=3, timeout=30):
     """Fetches url to path, whole and with the right SHA-256, or not at all."""
     for wait in [2 ** n for n in range(tries - 1)] + [None]:
         try:
-            with urllib.request.urlopen(url, timeout=timeout) as response:
-                content = response.read()
+            with urllib.request.urlopen(url, timeout=timeout) as response, \
+                    tqdm(total=response.length, unit='B', unit_scale=True, desc=os.path.basename(path), leave=False, disable=None) as bar:
+                content = b''
+                while piece := response.read(2 ** 16):
+                    content += piece
+                    bar.update(len(piece))
             break
         except (OSError, http.client.HTTPException) as e:  # URLError, timeouts and resets are OSErrors
             if wait is None:
