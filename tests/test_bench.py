@@ -26,6 +26,7 @@ def test_a_table_and_json(tmp_path, char_data):
     assert f'data: {char_data}' in out and not os.listdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_profile(tmp_path):
     out = run('bench.py', *SMALL, '--profile', '--repeats=3', '--real_data=False', cwd=tmp_path).stdout
     assert 'Self CPU' in out and 'aten::' in out

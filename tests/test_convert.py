@@ -167,7 +167,8 @@ def equal_to(hf, model, vocab_size):
     return torch.equal(ours, hf.generate(x[:, :5], attention_mask=torch.ones(2, 5), max_new_tokens=n, do_sample=False, pad_token_id=0, eos_token_id=None))
 
 
-@pytest.mark.parametrize('options', [{'bias': False}, {'bias': True}, {'gelu': 'tanh'}, {'block_size': 17}])
+@pytest.mark.parametrize('options', [{'bias': False}, {'bias': True, 'gelu': 'tanh', 'block_size': 17},
+                                     *(pytest.param(each, marks=pytest.mark.slow) for each in ({'bias': True}, {'gelu': 'tanh'}, {'block_size': 17}))])
 def test_export_and_back(tmp_path, bpe, options):
     from transformers import AutoModelForCausalLM
     model = save_ours(tmp_path / 'out', **options)  # its vocabulary padded to 50,304

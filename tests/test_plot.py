@@ -3,7 +3,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import TINY, run, run_ranks
+from conftest import TINY, run, run_here, run_ranks
 
 import plot
 
@@ -64,8 +64,8 @@ def test_what_is_drawn(two_runs):
 
 
 def test_the_script(two_runs):
-    out = run('plot.py', f'--runs={two_runs / "a"},{two_runs / "b"}', '--x=seconds', f'--png={two_runs / "both"}')
+    out = run_here('plot.py', f'--runs={two_runs / "a"},{two_runs / "b"}', '--x=seconds', f'--png={two_runs / "both"}')
     assert out.stdout == f'drawn: {two_runs / "both"}\n' and png_size(two_runs / 'both') == (1100, 700)
     for flags, words in (([f'--runs={two_runs}'], 'has no metrics.jsonl'), (['--runs='], 'has no metrics.jsonl'), (['--x=time'], 'use iter, tokens or seconds'),
                          ([f'--png={two_runs}'], 'cannot be written')):
-        assert words in run('plot.py', f'--runs={two_runs / "a"}', *flags, ok=False).stderr
+        assert words in run_here('plot.py', f'--runs={two_runs / "a"}', *flags, ok=False).stderr
