@@ -50,6 +50,13 @@ n_head = 12
 n_embd = 768
 dropout = 0.0
 bias = False
+rope_base = 0.0  # as in train.py, with the next ones
+qk_norm = False
+relu2 = False
+tied = True
+bigrams = 0
+embd_conv = 0
+optim = 'adamw'
 activation_checkpointing = False  # compute each layer again in the backward pass instead of keeping what is in it
 # system
 seed = 1337
@@ -66,8 +73,6 @@ PROMPT = {'prefill': 1000, 'decode': 16}
 # -----------------------------------------------------------------------------
 # the knobs, the machine, the data, the model
 checks.check_ranges(config)
-if what not in ('train', 'data', 'prefill', 'decode', 'run', 'start'):
-    checks.fail(f'what={what!r} is not known', 'use train, data, prefill, decode, run or start')
 if compare in ('hf', 'slices') and what not in dict(hf=('train', 'prefill', 'decode'), slices=('data',))[compare]:
     checks.fail(f'compare={compare} does not go with what={what}', 'use it with ' + dict(hf='train, prefill or decode', slices='data')[compare])
 sampling = what in PROMPT
@@ -93,7 +98,8 @@ else:
     tokens = np.random.default_rng(seed).integers(0, vocab_size, 2 ** 20).astype(np.uint16)
 windows = np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1)
 
-model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
+model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, rope_base=rope_base, qk_norm=qk_norm, relu2=relu2, tied=tied,
+                      bigrams=bigrams, embd_conv=embd_conv))
 for block in model.transformer.h:
     block.recompute = activation_checkpointing
 num_params, flops_per_token = model.get_num_params(), model.flops_per_token()
@@ -147,7 +153,8 @@ def slices_work():
 
 def train_work(model, loss_of):
     """One iteration as train.py's: a batch, forward, backward, clipping, AdamW; loss_of(model, X, Y) is the forward pass."""
-    optimizer = GPT.configure_optimizers(model, 0.1, 1e-4, (0.9, 0.95), device_type)  # asks for parameters alone: also for others' models
+    optimizer = GPT.configure_optimizers(model, 0.1, 1e-4, (0.9, 0.95), device_type,  # asks for parameters alone: also for others' models
+                                         optim=optim if isinstance(model, GPT) else 'adamw')
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     run = torch.compile(model) if compile else model
     batch = data_work()

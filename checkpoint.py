@@ -9,15 +9,18 @@ import errno
 import json
 import os
 import pickletools
+import platform
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 import zipfile
 
 import torch
 
-from checks import check_vocabulary, fail, first_line, is_gpt2, locate_data, say, warn
+from checks import REPO, check_vocabulary, fail, first_line, is_gpt2, locate_data, say, warn
 from distributed import inner, like
 from model import GPT, GPTConfig
 from tokenizer import check_meta, read_meta
@@ -43,8 +46,8 @@ class RunDir:
         if os.path.isdir(path):
             self._hold()
 
-    def begin(self, fresh):
-        """Makes the folder, clears away what a crash cut off, and with fresh puts aside what an earlier run left."""
+    def begin(self, fresh, **made_by):
+        """Makes the folder, clears away what a crash cut off, with fresh puts aside what an earlier run left, and logs what makes this one."""
         try:
             os.makedirs(self.path, exist_ok=True)
             self._hold()
@@ -56,6 +59,11 @@ class RunDir:
             open(os.path.join(self.path, METRICS), 'a').close()
         except OSError as e:
             fail(f'{self.path!r} cannot be written to ({e.strerror})', 'name another folder with --out_dir')
+        try:
+            commit = subprocess.run(['git', '-C', REPO, 'rev-parse', 'HEAD'], capture_output=True, text=True).stdout.strip()
+        except OSError:  # no git
+            commit = ''
+        self.log(event='run', argv=sys.argv, python=platform.python_version(), torch=torch.__version__, commit=commit, **made_by)
 
     def _hold(self):
         if self.lock is not None or not fcntl:
@@ -230,7 +238,8 @@ def load(path):
                 name = name.partition('.')[2]
             if not name.endswith('.attn.bias'):  # the causal mask that old versions kept among the weights
                 weights[name] = tensor
-        weights['lm_head.weight'] = weights.get('transformer.wte.weight')  # one tensor under two names
+        if state['model_args'].get('tied', True):
+            weights['lm_head.weight'] = weights.get('transformer.wte.weight')  # one tensor under two names
         if tensor_bytes((list(weights.values()), state.get('optimizer')), set()) > 4 * os.path.getsize(path) + 2 ** 20:
             raise ValueError('its tensors are larger than the file')
         check_shapes(state['model_args'], {name: tensor.shape for name, tensor in weights.items()})
@@ -270,6 +279,12 @@ def check_shapes(model_args, shapes):
         n = model_args.get(key)
         if type(n) is not int or not 1 <= n <= (layers if key == 'n_layer' else largest):
             raise ValueError(f'{key}={n if type(n) is int else type(n).__name__} does not fit its weights')
+    for key, value in model_args.items():
+        kind = type(getattr(GPTConfig, key, None))
+        if key not in ('dropout', 'bias') and type(value) not in (kind, int if kind is float else kind):
+            raise ValueError(f'{key} is no option of this model, or no {type(value).__name__}')
+    if not 0 <= model_args.get('bigrams', 0) <= largest or not 0 <= model_args.get('embd_conv', 0) <= largest:
+        raise ValueError('bigrams or embd_conv do not fit its weights')
     expected = {name: tensor.shape for name, tensor in GPT.on_meta(GPTConfig(**model_args)).state_dict().items()}
     for name in sorted({*expected, *shapes}, key=str):
         if tuple(expected.get(name, ())) != tuple(shapes.get(name, ())):
@@ -330,7 +345,8 @@ def describe(config, meta):
 
     meta, the dataset's character table or None, so that the checkpoint can be sampled from without its data.
     """
-    args = {key: getattr(config, key) for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')}
+    nanogpts = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
+    args = {key: value for key, value in vars(config).items() if key in nanogpts or key != 'gelu' and value != getattr(GPTConfig, key)}
     ours = dict(meta=meta, gelu=config.gelu if config.gelu != 'none' else None)
     return dict(model_args=args, **{key: value for key, value in ours.items() if value})
 
@@ -352,7 +368,8 @@ def find_meta(state, out_dir, path):
 def build_model(state, dropout=0.0, dtype=torch.float32):
     """The GPT of a checkpoint that load() has read; the weights are copied out of the file, which may change or go."""
     weights = {name: tensor.to(dtype, copy=True) for name, tensor in state['model'].items()}
-    weights['lm_head.weight'] = weights['transformer.wte.weight']  # one tensor under two names
+    if state['model_args'].get('tied', True):
+        weights['lm_head.weight'] = weights['transformer.wte.weight']  # one tensor under two names
     return GPT.from_state_dict(GPTConfig(**{**state['model_args'], 'dropout': dropout, 'gelu': state.get('gelu', 'none')}), weights)
 
 
@@ -367,11 +384,14 @@ def load_optimizer(optimizer, state, path):
     params = [p for group in optimizer.param_groups for p in group['params']]
     own = {p for group in inner(optimizer).param_groups for p in group['params']}
     try:
-        for theirs, ours in zip(state['param_groups'], optimizer.param_groups, strict=True):
+        if len(state['param_groups']) != len(optimizer.param_groups):
+            raise ValueError('it is of another --optim')
+        for theirs, ours in zip(state['param_groups'], optimizer.param_groups):
             ours.update(weight_decay=float(theirs['weight_decay']), betas=tuple(map(float, theirs['betas'])))
+        muons = {p for group in optimizer.param_groups if 'momentum' in group for p in group['params']}
         for i, p in enumerate(params if state['state'] else []):  # none before the first update
             moments = {k: m[:len(p)] if m.dim() else m for k, m in state['state'][i].items()}
-            if {k: m.shape for k, m in moments.items()} != dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape):
+            if {k: m.shape for k, m in moments.items()} != (dict(momentum_buffer=p.shape) if p in muons else dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)):
                 raise ValueError(f'it has other moments for a weight of shape {(*p.shape,)}')
             if p in own:  # a copy, as the file may change or go
                 dtype = getattr(inner(optimizer), 'moments_dtype', torch.float32)

@@ -36,6 +36,14 @@ def complain(what, remedy=''):
     say(f'error: {what}' + (f'; {remedy}' if remedy else ''), error=True)
 
 
+def never_fatal(what, call, *args):
+    """The call's result; None and a warning if it raises. For wandb and the picture: no trouble of theirs is a reason not to train."""
+    try:
+        return call(*args)
+    except Exception as e:
+        warn(f'{what}: {type(e).__name__}: {e}')
+
+
 def fail(what, remedy='', who='rank 0'):
     """Ends the program with one line on stderr and status 1. For the user's mistakes; a bug keeps its traceback.
 
@@ -69,15 +77,22 @@ RANGES = (
     ('at least 1', lambda v: v >= 1, ('n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'gradient_accumulation_steps', 'eval_interval',
                                       'log_interval', 'num_samples', 'max_bytes', 'repeats', 'max_bad_steps')),
     ('at least 0', lambda v: v >= 0, ('max_iters', 'warmup_iters', 'lr_decay_iters', 'save_interval', 'eval_iters', 'weight_decay', 'grad_clip',
-                                      'learning_rate', 'min_lr', 'max_new_tokens', 'top_k', 'temperature', 'num_proc')),
+                                      'learning_rate', 'min_lr', 'max_new_tokens', 'top_k', 'temperature', 'num_proc', 'rope_base', 'bigrams', 'embd_conv')),
     ('at least 0 and below 2**64', lambda v: 0 <= v < 2 ** 64, ('seed',)),
-    ('at least 0 and below 1', lambda v: 0 <= v < 1, ('dropout', 'beta1', 'beta2')),
-    ('above 0 and at most 1', lambda v: 0 < v <= 1, ('top_p',)),
+    ('at least 0 and below 1', lambda v: 0 <= v < 1, ('dropout', 'beta1', 'beta2', 'momentum')),
+    ('above 0 and at most 1', lambda v: 0 < v <= 1, ('top_p', 'decay_share')),
 )
+CHOICES = {
+    'parallel': ('ddp', 'zero1', 'fsdp'), 'moments_dtype': ('float32', 'bfloat16'), 'optim': ('adamw', 'muon'), 'lr_schedule': ('cosine', 'wsd'),
+    'what': ('train', 'data', 'prefill', 'decode', 'run', 'start'), 'format': ('text', 'jsonl'),
+}
 
 
 def check_ranges(config):
     """Fails where a knob is outside the range it can have, or where knobs contradict each other."""
+    for name, choices in CHOICES.items():
+        if name in config and config[name] not in choices:
+            fail(f'{name}={config[name]!r} is not known', f'use {", ".join(choices[:-1])} or {choices[-1]}')
     for must_be, holds, names in RANGES:
         for name in names:
             if name in config and not holds(config[name]):
@@ -85,6 +100,8 @@ def check_ranges(config):
     if 'n_embd' in config and config['n_embd'] % config['n_head']:
         fail(f'n_embd={config["n_embd"]} is not divisible by n_head={config["n_head"]}',
              f'try --n_embd={max(1, round(config["n_embd"] / config["n_head"])) * config["n_head"]}')
+    if config.get('rope_base') and config['n_embd'] // config['n_head'] % 2:
+        fail(f'rotary positions need heads of an even size, not n_embd={config["n_embd"]} / n_head={config["n_head"]}', 'try another --n_head')
     # accepted, as nanoGPT does and people rely on it, for a trial of a few iterations say
     if config.get('decay_lr') and config['lr_decay_iters'] <= config['warmup_iters']:
         warn(f'lr_decay_iters={config["lr_decay_iters"]} is not above warmup_iters={config["warmup_iters"]}: the learning rate never decays, '
@@ -191,6 +208,23 @@ def choose_compile(compile, device_type):
     if device_type == 'cuda' and importlib.util.find_spec('triton'):
         return True, 'it pays on CUDA'
     return False, 'no faster on CPUs' if device_type == 'cpu' else 'auto compiles only on CUDA'
+
+
+# dense matmul rate with 16-bit inputs and float32 accumulation, FLOP/s, from the makers' datasheets; the first whose
+# words are all among those of the device's name counts
+PEAK_FLOPS = {
+    'B200': 2250e12, 'GH200': 989e12, 'H200 NVL': 835e12, 'H200': 989e12, 'H100 NVL': 835e12, 'H100 PCIe': 756e12, 'H100': 989e12,
+    'A100': 312e12, 'A30': 165e12, 'A40': 150e12, 'A10G': 70e12, 'A10': 125e12, 'L40S': 362e12, 'L40': 181e12,
+    'L4': 121e12, 'V100': 125e12, 'T4': 65e12, 'RTX A6000': 155e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12,
+}
+
+
+def peak_flops(name):
+    """FLOP/s that a GPU of this name can do in 16-bit numbers, or None if it isn't in the table."""
+    words = re.findall(r'\w+', name)
+    if 'Laptop' in words or 'MIG' in words:  # slower under the same name
+        return None
+    return next((flops for key, flops in PEAK_FLOPS.items() if set(key.split()) <= set(words)), None)
 
 
 def locate_data(dataset):
@@ -317,10 +351,12 @@ def keep_freed_memory():
     mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap doesn't shrink
 
 
-def check_memory(needed, device):
-    """Warns if a run that needs this many bytes may not fit: a system that runs out of memory kills without a word."""
+def plan_memory(held, activations, there, device, ranks):
+    """Says what training_bytes() estimates, and warns if what isn't there yet may not fit: a system out of memory kills without a word."""
+    say(f'memory: {held / 2**30:.2f} GiB for weights, gradients and moments, about {activations / 2**30:.2f} GiB for activations'
+        + (', on each rank' if ranks > 1 else ''))
     free = free_memory(device)
-    if free is not None and needed > free:
+    if free is not None and held - there + activations > free:
         warn(f'that may not fit: {free / 2**30:.2f} GiB are free on {device}')
 
 

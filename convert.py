@@ -15,7 +15,7 @@ import torch
 
 import checkpoint
 from checks import REPO, fail, first_line, make_folder, say, shown
-from model import GPT
+from model import GPT, GPTConfig
 from tokenizer import END_OF_TEXT, check_meta, get_tokenizer
 
 # what
@@ -33,6 +33,8 @@ GELUS = {'gelu': 'none', 'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu_
 # what GPT-2's format allows and this model doesn't have: (key of config.json, the only value that will do)
 REQUIRED = (('model_type', 'gpt2'), ('scale_attn_weights', True), ('scale_attn_by_inverse_layer_idx', False),
             ('add_cross_attention', False), ('tie_word_embeddings', True), ('layer_norm_epsilon', 1e-5))
+
+OPTIONS = ('rope_base', 'qk_norm', 'relu2', 'tied', 'bigrams', 'embd_conv')  # of ours, which GPT-2's format doesn't have
 
 
 def is_hf(init_from):
@@ -151,6 +153,8 @@ def write_hf(model, hf_dir, meta=None):
     from transformers import GenerationConfig, GPT2Config
     if meta and any(len(c) != 1 for c in meta.get('stoi', ())):
         fail('some tokens of its vocabulary are longer than a character', 'transformers has no tokenizer for these: share its checkpoint instead')
+    if ours := [f'{key}={value}' for key, value in vars(model.config).items() if key in OPTIONS and value != getattr(GPTConfig, key)]:
+        fail(f'{", ".join(ours)} have no place in GPT-2\'s format', 'share its checkpoint instead')
     c, tokenizer = model.config, hf_tokenizer(meta)
     vocab_size = len(tokenizer)
     if vocab_size > c.vocab_size:

@@ -134,6 +134,11 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
 
 
+def local(tensor):
+    """This rank's part of the tensor, not a copy."""
+    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
+
+
 def gather(value, keep=True, copy=True, copies=None):
     """A copy in the CPU's memory of the tensors in containers; what is one tensor (tied weights) stays one.
 

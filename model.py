@@ -4,21 +4,19 @@ GPT-2 (Radford et al. 2019), whole: configuration, blocks, loss, generation, opt
 Shapes in the comments at line ends: B batch, T time, C = n_embd, nh heads, hs = C / nh head size, V vocabulary.
 """
 import math
-import re
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.optim.adamw import adamw
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
 class GPTConfig:
-    """The shape of a GPT; ValueError if n_head doesn't divide n_embd."""
+    """The shape of a GPT; ValueError where that is none."""
     block_size: int = 1024  # the longest context, in tokens
     vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64: matmuls like it
     n_layer: int = 12
@@ -27,10 +25,19 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # in Linears and LayerNorms, as GPT-2 has them; False is a little better and faster
     gelu: str = 'none'  # F.gelu's approximate=: 'none' is exact, OpenAI trained GPT-2 with 'tanh'
+    # what the field has learned since; by default all of it is off
+    rope_base: float = 0.0  # rotary positions with this base; 0 is learned ones
+    qk_norm: bool = False  # normalise queries and keys
+    relu2: bool = False  # squared ReLU instead of GELU
+    tied: bool = True  # the output layer is the token embedding once more
+    bigrams: int = 0  # rows of a table of embeddings for pairs of neighbouring tokens
+    embd_conv: int = 0  # how many tokens before it add to a token's embedding
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}')
+        if self.rope_base < 0 or self.rope_base and self.n_embd // self.n_head % 2:
+            raise ValueError(f'rope_base={self.rope_base} needs to be positive, and heads of an even size')
 
 
 def kept(x, p):
@@ -51,6 +58,17 @@ class Dropout(nn.Module):
         if x.device.type != 'cpu' or not self.training or not self.p or torch.compiler.is_compiling():
             return F.dropout(x, self.p, self.training)
         return x * kept(x, self.p) * (1 / (1 - self.p))
+
+
+def rotary(pos, hs, base):
+    """Cosines and signed sines of the angles by which positions pos (T,) turn a head's hs channels, (T, hs) each."""
+    angles = pos[:, None].float() * base ** (-torch.arange(0, hs, 2, device=pos.device) / hs)  # (T, hs / 2)
+    return angles.cos().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), dim=1)
+
+
+def rotate(x, cos, sin):
+    """RoPE of x (..., T, hs), channel i turned together with channel i + hs / 2. Su et al. 2021, https://arxiv.org/abs/2104.09864"""
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
 
 
 def attention(q, k, v, dropout_p=0.0, mask=None):
@@ -77,12 +95,17 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys, values in one matmul
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = Dropout(config.dropout)
-        self.n_head = config.n_head
+        self.n_head, self.qk_norm = config.n_head, config.qk_norm
 
-    def forward(self, x, kv_cache=None, layer=0):
+    def forward(self, x, turn=None, kv_cache=None, layer=0):
         B, T, C = x.size()
-        q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-                   for z in self.c_attn(x).split(C, dim=2))
+        nh, hs = self.n_head, C // self.n_head
+        qk, v = self.c_attn(x).view(B, T, 3 * nh, hs).transpose(1, 2).split((2 * nh, nh), dim=1)  # (B, 2 nh, T, hs), (B, nh, T, hs)
+        if self.qk_norm:  # Dehghani et al. 2023, https://arxiv.org/abs/2302.05442
+            qk = F.layer_norm(qk, (hs,))
+        if turn is not None:
+            qk = rotate(qk, *turn)
+        q, k = qk.type_as(v).chunk(2, dim=1)
         mask = None
         if kv_cache is not None:
             k, v, mask = kv_cache.extend(layer, k, v)  # (B, nh, past + T, hs)
@@ -91,18 +114,38 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y))
 
 
+class SquaredReLU(torch.autograd.Function):
+    """F.relu(x).square(), in four passes over memory instead of seven: a CPU feels each."""
+
+    @staticmethod
+    def forward(ctx, x):
+        r = F.relu(x)
+        ctx.save_for_backward(r)
+        return r * r
+
+    @staticmethod
+    def backward(ctx, grad):
+        r, = ctx.saved_tensors
+        return (grad * r).mul_(2)
+
+
 class MLP(nn.Module):
-    """Two Linears with a GELU between, (B, T, C) -> (B, T, C). GELU: Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415"""
+    """Two Linears with a GELU (Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415) between, (B, T, C) -> (B, T, C).
+
+    Or with a squared ReLU: So et al. 2021, https://arxiv.org/abs/2109.08668
+    """
 
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU(approximate=config.gelu)
+        self.gelu, self.relu2 = nn.GELU(approximate=config.gelu), config.relu2
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))  # (B, T, 4C) inside
+        x = self.c_fc(x)  # (B, T, 4C)
+        x = SquaredReLU.apply(x) if self.relu2 else self.gelu(x)
+        return self.dropout(self.c_proj(x))
 
 
 class Block(nn.Module):
@@ -116,13 +159,13 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, kv_cache=None, layer=0):
+    def forward(self, x, turn=None, kv_cache=None, layer=0):
         if self.recompute and self.training:
-            return checkpoint(self.layer, x, use_reentrant=False)
-        return self.layer(x, kv_cache, layer)
+            return checkpoint(self.layer, x, turn, use_reentrant=False)
+        return self.layer(x, turn, kv_cache, layer)
 
-    def layer(self, x, kv_cache=None, layer=0):
-        x = x + self.attn(self.ln_1(x), kv_cache, layer)
+    def layer(self, x, turn=None, kv_cache=None, layer=0):
+        x = x + self.attn(self.ln_1(x), turn, kv_cache, layer)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -136,7 +179,8 @@ class KVCache:
     def __init__(self, n_layer, size, static=False):
         self.size, self.length, self.static = size, 0, static
         self.buffers = [None] * n_layer  # (2, B, nh, size, hs) each
-        self.position = self.mask = None  # of a static cache: (1,), where the next token goes, and (1, size), what it sees
+        self.position = self.mask = None  # of a static cache: (1,), the next token's, and (1, size), what it sees
+        self.recent = None  # the last token ids, (B, n), where the embedding looks at them
 
     def positions(self, T, device):
         """The positions of the next T tokens, (T,)."""
@@ -153,12 +197,21 @@ class KVCache:
         if self.buffers[layer] is None:  # made here, where batch, type and device are known
             B, nh, _, hs = k.size()
             self.buffers[layer] = k.new_zeros(2, B, nh, self.size, hs)  # what is masked counts 0 times, but not if it is nan
+        # once it is full, which rotary positions alone allow, a token takes the place of the one `size` before it
         if self.static and self.length:
-            return *self.buffers[layer].index_copy_(3, self.position, torch.stack((k, v))), self.mask
-        end = self.length + k.size(2)
-        self.buffers[layer][0, :, :, self.length:end] = k
-        self.buffers[layer][1, :, :, self.length:end] = v
+            return *self.buffers[layer].index_copy_(3, self.position % self.size, torch.stack((k, v))), self.mask
+        start, end = self.length % self.size, self.length + k.size(2)
+        self.buffers[layer][0, :, :, start:start + k.size(2)] = k
+        self.buffers[layer][1, :, :, start:start + k.size(2)] = v
         return *self.buffers[layer][:, :, :, :end], None
+
+    def with_recent(self, idx, n):
+        """Token ids idx (B, T) and the n before them, -1 where there is none: (B, n + T)."""
+        if self.recent is None:
+            self.recent = idx.new_full((len(idx), n), -1)
+        ids = torch.cat((self.recent, idx), dim=1)
+        self.recent.copy_(ids[:, -n:])
+        return ids
 
     def advance(self, T):
         """Once all layers are extended."""
@@ -218,29 +271,55 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
-            drop=Dropout(config.dropout),
-            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
-        ))
+        modules = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
+        if not config.rope_base:
+            modules.update(wpe=nn.Embedding(config.block_size, config.n_embd))
+        if config.bigrams:
+            modules.update(bigrams=nn.Embedding(config.bigrams, config.n_embd))
+        modules.update(drop=Dropout(config.dropout), h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                       ln_f=nn.LayerNorm(config.n_embd, bias=config.bias))
+        self.transformer = nn.ModuleDict(modules)
+        if config.embd_conv:
+            self.transformer.conv = nn.Parameter(torch.empty(config.embd_conv, config.n_embd))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
         self.apply(self._init_weights)
         for name, p in self.named_parameters():  # what feeds the residual stream: smaller the deeper, GPT-2 paper, 2.3
             if name.endswith('c_proj.weight'):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif name == 'transformer.conv':
+                nn.init.normal_(p, mean=0.0, std=0.5)
 
     def tie_weights(self):
         """Makes the output layer the embedding's transpose, one tensor: Press & Wolf 2016, https://arxiv.org/abs/1608.05859"""
-        self.lm_head.weight = self.transformer.wte.weight
+        if self.config.tied:
+            self.lm_head.weight = self.transformer.wte.weight
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+    def embed(self, idx, kv_cache=None):
+        """Embeddings (B, T, C) of token ids idx (B, T), with what the few tokens before each add, as far as there are any.
+
+        Pairs of tokens have embeddings of their own, by a hash if there are more pairs than rows: Huang et al. 2025,
+        https://arxiv.org/abs/2501.16975. Then follows a convolution over time, each channel for itself, as one before
+        attention: So et al. 2021, https://arxiv.org/abs/2109.08668
+        """
+        c, T = self.config, idx.size(1)
+        n = c.embd_conv
+        if not n and not c.bigrams:
+            return self.transformer.wte(idx)
+        before = n + (c.bigrams > 0)
+        ids = F.pad(idx, (before, 0), value=-1) if kv_cache is None else kv_cache.with_recent(idx, before)
+        x = self.transformer.wte(ids.clamp(min=0))
+        if c.bigrams:
+            pairs = ids[:, 1:] * (c.vocab_size + 1) + ids[:, :-1] + 1
+            x, ids = x[:, 1:] + self.transformer.bigrams(pairs % c.bigrams), ids[:, 1:]
+        x = x.masked_fill((ids < 0)[:, :, None], 0.0)
+        return x[:, n:] + sum(self.transformer.conv[k - 1] * x[:, n - k:n - k + T] for k in range(1, n + 1))
 
     def forward(self, idx, targets=None, kv_cache=None, return_logits=True):
         """Logits and loss of token ids idx (B, T).
@@ -251,12 +330,18 @@ class GPT(nn.Module):
         """
         B, T = idx.size()
         past = kv_cache.length if kv_cache is not None else 0
-        if past + T > self.config.block_size:
-            raise ValueError(f'{past + T} tokens are more than block_size={self.config.block_size}')
+        c = self.config
+        if past + T > c.block_size and not (c.rope_base and T == 1):  # the cache's last block_size tokens are what it sees then
+            raise ValueError(f'{past + T} tokens are more than block_size={c.block_size}')
         pos = torch.arange(T, device=idx.device) if kv_cache is None else kv_cache.positions(T, idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)
+        x, turn = self.embed(idx, kv_cache), None  # (B, T, C)
+        if c.rope_base:
+            turn = rotary(pos, c.n_embd // c.n_head, c.rope_base)
+        else:
+            x = x + self.transformer.wpe(pos)
+        x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, kv_cache, layer)
+            x = block(x, turn, kv_cache, layer)
         if kv_cache is not None:
             kv_cache.advance(T)
         if targets is None:
@@ -288,9 +373,9 @@ class GPT(nn.Module):
         new, decode = idx, step
         for n in range(max_new_tokens):
             with torch.no_grad():
-                if kv_cache is not None and kv_cache.length + new.size(1) > block_size:
+                if kv_cache is not None and kv_cache.length + new.size(1) > block_size and not self.config.rope_base:
                     # once the context is full every token moves to another position, and all keys and values change:
-                    # learned positions leave nothing to reuse
+                    # learned positions leave nothing to reuse, rotary ones go on
                     kv_cache, decode = None, step
                 elif n == 1 and idx.is_cuda and max_new_tokens > 16:  # fewer don't pay for making the graph
                     decode = cuda_graph(step, new, kv_cache)
@@ -321,35 +406,46 @@ class GPT(nn.Module):
         if block_size > self.config.block_size:
             raise ValueError(f'block_size={block_size} is larger than the model\'s {self.config.block_size}')
         self.config.block_size = block_size
+        if self.config.rope_base:
+            return
         # a copy: a view would keep, and torch.save would write, the whole table
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, moments_dtype='float32'):
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, moments_dtype='float32', optim='adamw', momentum=0.95):
         """AdamW (Loshchilov & Hutter 2017, https://arxiv.org/abs/1711.05101) that decays matrices and embeddings only.
 
-        The order of groups and parameters is nanoGPT's, so that optimizer states can be exchanged with it.
+        The order of groups and parameters is nanoGPT's, so that optimizer states can be exchanged with it. With
+        optim='muon' the blocks' matrices have a third group, with that momentum.
         """
+        from optimizers import LowMemoryAdamW, Muon  # here: optimizers.py needs torch.distributed, which sampling doesn't
         params = [p for p in self.parameters() if p.requires_grad]
-        groups = [{'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
+        matrices = [p for p in self.transformer.h.parameters() if p.dim() >= 2] if optim == 'muon' else []
+        others = set(params) - set(matrices)
+        groups = [{'params': [p for p in params if p.dim() >= 2 and p in others], 'weight_decay': weight_decay},
                   {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]  # biases and norms
+        if matrices:
+            groups.append({'params': matrices, 'weight_decay': weight_decay, 'momentum': momentum})
+        kind = Muon if matrices else LowMemoryAdamW if moments_dtype == 'bfloat16' else torch.optim.AdamW
         # one kernel for all parameters where there is one
-        kind = LowMemoryAdamW if moments_dtype == 'bfloat16' else torch.optim.AdamW
         return kind(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu', 'mps', 'xpu'))
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters; position embeddings are left out, token embeddings stay as they are the output layer too."""
-        return sum(p.numel() for p in self.parameters()) - non_embedding * self.transformer.wpe.weight.numel()
+        positions = 0 if self.config.rope_base else self.transformer.wpe.weight.numel()
+        return sum(p.numel() for p in self.parameters()) - non_embedding * positions
 
     def flops_per_token(self):
         """FLOPs of one token's forward and backward pass: PaLM's 6N + 12LHQT, https://arxiv.org/abs/2204.02311, appendix B."""
         c = self.config
-        return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+        matmuls = self.get_num_params() - c.bigrams * c.n_embd  # a table of which rows are read
+        return 6 * matmuls + 12 * c.n_layer * c.n_embd * c.block_size
 
     def estimate_mfu(self, fwdbwd_per_iter, dt):
         """Model FLOPs utilization: the FLOPs of fwdbwd_per_iter sequences in dt seconds as a share of the device's peak.
 
         None where the peak of the device isn't known.
         """
+        from checks import peak_flops
         device = self.lm_head.weight.device
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == 'cuda' else None
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak if peak else None
@@ -390,30 +486,6 @@ class _NoInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class LowMemoryAdamW(torch.optim.AdamW):
-    """AdamW with its moments in bfloat16: weight, gradient and moments are 12 bytes a parameter instead of 16.
-
-    An update is computed in float32, a tensor at a time. bfloat16 moves in steps of 0.4 to 0.8 %, so the second moment
-    stands still where beta2 is above 0.99.
-    """
-    moments_dtype = torch.bfloat16
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in [p for p in group['params'] if p.grad is not None]:
-                state = self.state[p]
-                if not state:
-                    state.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p, dtype=self.moments_dtype),
-                                 exp_avg_sq=torch.zeros_like(p, dtype=self.moments_dtype))
-                m, v = state['exp_avg'].float(), state['exp_avg_sq'].float()
-                adamw([p], [p.grad], [m], [v], [], [state['step']], fused=group['fused'], amsgrad=False, beta1=group['betas'][0],
-                                        beta2=group['betas'][1], lr=group['lr'], weight_decay=group['weight_decay'], eps=group['eps'], maximize=False,
-                                        grad_scale=getattr(self, 'grad_scale', None), found_inf=getattr(self, 'found_inf', None))
-                state['exp_avg'].copy_(m)
-                state['exp_avg_sq'].copy_(v)
-
-
 def sample(logits, temperature=1.0, top_k=None, top_p=None, vocab_size=None):
     """Draws a token id (B, 1) from each row of logits (B, V); the arguments are those of GPT.stream()."""
     logits = logits[:, :vocab_size].float()
@@ -433,7 +505,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, vocab_size=None):
 
 def cuda_graph(step, new, kv_cache):
     """step, which makes of a token (B, 1) the next one, as a graph: its hundreds of small kernels are launched as one."""
-    length, given = kv_cache.length, new.clone()
+    length, given, recent = kv_cache.length, new.clone(), None if kv_cache.recent is None else kv_cache.recent.clone()
     with torch.cuda.device(new.device):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -446,6 +518,8 @@ def cuda_graph(step, new, kv_cache):
             made = step(given)
     kv_cache.length = length
     kv_cache.position.fill_(length)  # neither of the two steps counts
+    if recent is not None:
+        kv_cache.recent.copy_(recent)
 
     def replay(new):
         with torch.cuda.device(new.device):
@@ -455,20 +529,3 @@ def cuda_graph(step, new, kv_cache):
         return made.clone()
 
     return replay
-
-
-# dense matmul rate with 16-bit inputs and float32 accumulation, FLOP/s, from the makers' datasheets; the first whose
-# words are all among those of the device's name counts
-PEAK_FLOPS = {
-    'B200': 2250e12, 'GH200': 989e12, 'H200 NVL': 835e12, 'H200': 989e12, 'H100 NVL': 835e12, 'H100 PCIe': 756e12, 'H100': 989e12,
-    'A100': 312e12, 'A30': 165e12, 'A40': 150e12, 'A10G': 70e12, 'A10': 125e12, 'L40S': 362e12, 'L40': 181e12,
-    'L4': 121e12, 'V100': 125e12, 'T4': 65e12, 'RTX A6000': 155e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12,
-}
-
-
-def peak_flops(name):
-    """FLOP/s that a GPU of this name can do in 16-bit numbers, or None if it isn't in the table."""
-    words = re.findall(r'\w+', name)
-    if 'Laptop' in words or 'MIG' in words:  # slower under the same name
-        return None
-    return next((flops for key, flops in PEAK_FLOPS.items() if set(key.split()) <= set(words)), None)

@@ -69,8 +69,6 @@ if start.startswith('FILE:'):
 if not start:
     checks.fail('the prompt is empty', 'a model continues something: without --start it begins with a new line')
 stops = read_stops(stop)
-if format not in ('text', 'jsonl'):
-    checks.fail(f'format={format!r} is not known', 'use text or jsonl')
 device, device_why = checks.choose_device(device)
 device_type = torch.device(device).type
 dtype, dtype_why = checks.choose_dtype(dtype, device_type, sampling=True)

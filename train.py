@@ -11,10 +11,8 @@ Every knob below can be set in a config file or as --key=value; --help lists the
 """
 import math
 import os
-import platform
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -59,17 +57,27 @@ n_head = 12
 n_embd = 768
 dropout = 0.0  # 0 for pretraining; for finetuning or small data try 0.1 and more
 bias = False  # biases in Linear and LayerNorm
-# AdamW
+rope_base = 0.0  # rotary positions with this base; 0 is GPT-2's learned ones
+qk_norm = False  # normalise queries and keys
+relu2 = False  # squared ReLU instead of GELU
+tied = True  # the output layer is the token embedding once more
+bigrams = 0  # rows of a table of embeddings for pairs of neighbouring tokens; 0 is none
+embd_conv = 0  # how many tokens before it add to a token's embedding
+# optimizer
+optim = 'adamw'  # adamw | muon (for the blocks' matrices, AdamW for the rest)
 learning_rate = 6e-4  # the highest
 max_iters = 600000  # updates in all
 weight_decay = 1e-1
 beta1 = 0.9
 beta2 = 0.95
+momentum = 0.95  # of Muon
 moments_dtype = 'float32'  # of AdamW's moments: float32 | bfloat16, which takes 12 bytes a parameter instead of 16
 grad_clip = 1.0  # largest norm of the gradient; 0 is no clipping
 max_bad_steps = 10  # updates in a row skipped, as the gradient's norm wasn't finite, after which the run stops
 # learning rate schedule
-decay_lr = True  # warm up, then decay as a cosine; False: learning_rate throughout
+decay_lr = True  # warm up, then decay; False: learning_rate throughout
+lr_schedule = 'cosine'  # cosine | wsd (warm up, stay, and decay in a straight line)
+decay_share = 0.5  # of lr_decay_iters, in which wsd decays
 warmup_iters = 2000
 lr_decay_iters = 600000  # about max_iters, by Chinchilla
 min_lr = 6e-5  # the lowest, about learning_rate / 10, by Chinchilla
@@ -96,10 +104,8 @@ device, device_why = checks.choose_device(device, ddp_local_rank)
 device_type = torch.device(device).type
 dtype, dtype_why = checks.choose_dtype(dtype, device_type)
 compile, compile_why = checks.choose_compile(compile, device_type)
-if parallel not in ('ddp', 'zero1', 'fsdp'):
-    checks.fail(f'parallel={parallel!r} is not known', 'try ddp, zero1 or fsdp')
-if moments_dtype not in ('float32', 'bfloat16'):
-    checks.fail(f'moments_dtype={moments_dtype!r} is not known', 'try float32 or bfloat16')
+if optim == 'muon' and (parallel == 'zero1' or moments_dtype != 'float32'):
+    checks.fail(f'muon does not go with parallel={parallel}, moments_dtype={moments_dtype}', 'use --parallel=ddp or fsdp, and moments in float32')
 if parallel == 'fsdp' and dtype == 'float16':
     checks.fail('fsdp does not scale the loss as float16 needs it', 'try --dtype=bfloat16 or --parallel=zero1')
 if device_type == 'cpu' and parallel != 'fsdp':  # which gathers to free again: kept, that would be more than it saves
@@ -127,7 +133,8 @@ if init_from == 'auto':
     init_from = 'resume' if checkpoint.exists(out_dir) else 'scratch'
 if init_from == 'scratch':
     vocab_size = meta['vocab_size'] if meta else 50304
-    model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias))
+    model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, rope_base=rope_base, qk_norm=qk_norm, relu2=relu2, tied=tied,
+                          bigrams=bigrams, embd_conv=embd_conv))
     origin = 'from scratch'
 elif init_from == 'resume':
     state, path = checkpoint.load_best(out_dir) if eval_only else checkpoint.load_newest(out_dir)
@@ -150,13 +157,13 @@ if block_size < model.config.block_size:
 if not distributed.same(iter_num):
     checks.fail(f'the ranks found different checkpoints in {out_dir}: rank {ddp_rank} is at iteration {iter_num}',
                 'out_dir must be a folder that all machines share, or the same on each', who='rank')
-overruled = [f'{k}={config[k]}' for k in ('n_layer', 'n_head', 'n_embd', 'bias') if config[k] != getattr(model.config, k)]
+overruled = [f'{k}={config[k]}' for k in vars(model.config) if k in config and k not in ('block_size', 'dropout') and config[k] != getattr(model.config, k)]
 for block in model.transformer.h:
     block.recompute = activation_checkpointing
 model = distributed.shard(model, device, parallel, dtype, compile)
 raw_model = model  # the one that is saved: without the prefixes that compiling and wrapping put before its names
 
-optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, moments_dtype)
+optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, moments_dtype, optim, momentum)
 optimizer = distributed.shard_optimizer(optimizer, parallel)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')  # float16 alone has too narrow a range
 if state and not eval_only:
@@ -254,11 +261,16 @@ def estimate_loss():
 
 
 def get_lr(it):
-    """The learning rate of iteration it: linear warmup, then a cosine from learning_rate down to min_lr."""
+    """The learning rate of iteration it: linear warmup, then a cosine from learning_rate down to min_lr.
+
+    wsd stays at learning_rate before it goes down (Hu et al. 2024, https://arxiv.org/abs/2404.06395).
+    """
     if it < warmup_iters:
         return learning_rate * (it + 1) / (warmup_iters + 1)
     if it >= lr_decay_iters:
         return min_lr
+    if lr_schedule == 'wsd':
+        return min_lr + min(1, (lr_decay_iters - it) / (decay_share * lr_decay_iters)) * (learning_rate - min_lr)
     progress = (it - warmup_iters) / (lr_decay_iters - warmup_iters)  # 0 to 1
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
 
@@ -286,7 +298,7 @@ def log(event, **metrics):
     if run_dir:
         run_dir.log(event=event, **metrics)
     if wandb_run and event == 'eval':
-        never_fatal('wandb', wandb_run.log, metrics)
+        checks.never_fatal('wandb', wandb_run.log, metrics)
 
 
 def start_wandb():
@@ -298,14 +310,6 @@ def start_wandb():
     except Exception as e:
         checks.warn(f'wandb could not start ({e}), so it logs offline; wandb login, then wandb sync, uploads the run')
         return wandb.init(**start, mode='offline')
-
-
-def never_fatal(what, call, *args):
-    """The call's result; None and a warning if it raises. For wandb and the picture: no trouble of theirs is a reason not to train."""
-    try:
-        return call(*args)
-    except Exception as e:
-        checks.warn(f'{what}: {type(e).__name__}: {e}')
 
 
 # -----------------------------------------------------------------------------
@@ -325,21 +329,12 @@ say(f'machine: {device} ({device_why}){threads}, {dtype} ({dtype_why}), {"compil
 moments, num_params = 8 if moments_dtype == 'float32' else 4, raw_model.get_num_params(False)
 held, activations = checks.training_bytes(num_params, raw_model.config, batch_size, dtype, device_type,
                                           compile and not distributed.is_sharded(raw_model), activation_checkpointing, parallel, ddp_world_size, moments)
-say(f'memory: {held / 2**30:.2f} GiB for weights, gradients and AdamW, about {activations / 2**30:.2f} GiB for activations'
-    + (', on each rank' if ddp_world_size > 1 else ''))
-there = held * (4 + (moments if init_from == 'resume' else 0)) // (8 + moments)  # of it, by now
-checks.check_memory(held - there + activations, device)
+checks.plan_memory(held, activations, there=held * (4 + (moments if init_from == 'resume' else 0)) // (8 + moments), device=device, ranks=ddp_world_size)
 
-wandb_run = never_fatal('wandb', start_wandb) if wandb_log and master_process else None
+wandb_run = checks.never_fatal('wandb', start_wandb) if wandb_log and master_process else None
 if run_dir:
-    run_dir.begin(fresh=init_from != 'resume')
+    run_dir.begin(fresh=init_from != 'resume', config=config, device=device, dtype=dtype, world_size=ddp_world_size)
     run_dir.warn_of_slow_saves((4 + moments) * num_params)  # of all ranks
-    try:
-        commit = subprocess.run(['git', '-C', checks.REPO, 'rev-parse', 'HEAD'], capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git
-        commit = ''
-    log('run', config=config, argv=sys.argv, python=platform.python_version(), torch=torch.__version__,
-        commit=commit, device=device, dtype=dtype, world_size=ddp_world_size)
 
 # -----------------------------------------------------------------------------
 # the loop
@@ -439,7 +434,7 @@ if not finished and not eval_only:
 saved = run_dir.close() if run_dir else None
 status = 0 if finished else 128 + stop if stop else 1
 if run_dir and loss_png and iter_num > first_iter and not stop:  # who stops a run wants it to end
-    never_fatal('the picture', plot.draw, [out_dir], os.path.join(out_dir, 'loss.png'))
+    checks.never_fatal('the picture', plot.draw, [out_dir], os.path.join(out_dir, 'loss.png'))
 if run_dir and not saved:
     status = status or 1
     checks.complain(f'the state after {iter_num} iterations could not be saved in {out_dir}', 'what was saved before is still there')
@@ -455,5 +450,5 @@ elif not finished:
     checks.complain(f'{bad_now} updates in a row had a gradient that is not finite; the weights before them are in {saved}',
                     'try a lower --learning_rate, a smaller --grad_clip, a longer --warmup_iters, or --dtype=bfloat16 for float16')
 if wandb_run:
-    never_fatal('wandb', wandb_run.finish)
+    checks.never_fatal('wandb', wandb_run.finish)
 distributed.shutdown(status)

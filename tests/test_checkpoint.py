@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, run
+from conftest import FAST, GOLDEN, TINY, run
 
 import checkpoint
 from model import GPT, GPTConfig
@@ -79,6 +79,17 @@ def test_our_checkpoints_have_what_nanogpt_reads(trained):
         assert len(group['params']) == count
     shapes = [tuple(p.shape) for p in model.parameters() if p.dim() >= 2]
     assert [tuple(ours['optimizer']['state'][i]['exp_avg'].shape) for i in range(10)] == shapes
+
+
+def test_options_are_in_model_args_only_where_they_are_used(tmp_path, char_data, trained):
+    run('train.py', *TINY, *FAST, f'--dataset={char_data}', f'--out_dir={tmp_path}', '--max_iters=2')
+    state, plain = checkpoint.load(str(tmp_path / 'ckpt.pt')), checkpoint.load(os.path.join(trained, 'ckpt.pt'))
+    assert {k: state['model_args'][k] for k in set(state['model_args']) - set(plain['model_args'])} == dict(
+        rope_base=100.0, qk_norm=True, relu2=True, tied=False, bigrams=60, embd_conv=2)
+    model = checkpoint.build_model(state)
+    assert model.lm_head.weight is not model.transformer.wte.weight and not torch.equal(model.lm_head.weight, model.transformer.wte.weight)
+    for k, w in model.state_dict().items():
+        assert torch.equal(w, state['model'][k])
 
 
 def test_prefixes_and_old_masks_are_left_out(tmp_path):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, metrics, run
+from conftest import FAST, ROOT, TINY, metrics, run
 
 import checkpoint
 import convert
@@ -279,4 +279,11 @@ def test_anothers_tokenizer_is_refused(tmp_path, bpe):
 def test_what_the_format_cannot_hold_is_refused(tmp_path, meta, words):
     save_ours(tmp_path / 'out', meta=meta, vocab_size=2)
     assert words in run('convert.py', f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}', ok=False).stderr
+    assert not (tmp_path / 'hf').exists()
+
+
+def test_options_that_gpt2_does_not_have_are_refused(tmp_path, char_data):
+    run('train.py', *TINY, *FAST, f'--dataset={char_data}', f'--out_dir={tmp_path / "out"}', '--max_iters=1')
+    out = run('convert.py', f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}', ok=False)
+    assert 'rope_base=100.0, qk_norm=True, relu2=True, tied=False, bigrams=60, embd_conv=2' in out.stderr and len(out.stderr.splitlines()) == 1
     assert not (tmp_path / 'hf').exists()

@@ -53,10 +53,10 @@ def one_line():
         assert len(err.getvalue()) < 2000 and err.getvalue().count('\n') == err.getvalue().count('error: ') + err.getvalue().count('warning: ')
 
 
-def good_state():
+def good_state(optim='adamw', **options):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(8, 5, 1, 2, 16))
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    model = GPT(GPTConfig(8, 5, 1, 2, 16, **options))
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', optim=optim)
     model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))[1].backward()
     optimizer.step()
     args = {k: v for k, v in vars(model.config).items() if k != 'gelu'}
@@ -64,12 +64,12 @@ def good_state():
                 meta={'vocab_size': 5, 'stoi': dict(zip('abcde', range(5))), 'itos': dict(enumerate('abcde'))})
 
 
-def use(out_dir):
+def use(out_dir, optim='adamw'):
     """Does with the checkpoint in out_dir all that train.py and sample.py do with it, as far as it goes."""
     with one_line():
         state, path = checkpoint.load_newest(str(out_dir))
         model = checkpoint.build_model(state)
-        checkpoint.load_optimizer(model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu'), state['optimizer'], path)
+        checkpoint.load_optimizer(model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', optim=optim), state['optimizer'], path)
         tokenizer.get_tokenizer(state.get('meta')).decode([0])
         model.generate(torch.zeros(1, 1, dtype=torch.long), 2)
         f'{state.get("best_val_loss", 0):.4f} {state["iter_num"]}'
@@ -79,6 +79,28 @@ def use(out_dir):
 def test_the_good_one_is_used(tmp_path):
     torch.save(good_state(), tmp_path / 'ckpt.pt')
     assert use(tmp_path)
+
+
+OPTIONS = dict(rope_base=100.0, qk_norm=True, relu2=True, tied=False, bigrams=30, embd_conv=2)
+
+
+@pytest.mark.parametrize('change, good', [
+    ({}, True), ({'rope_base': 100}, True), ({'rope_base': 'x'}, False), ({'rope_base': -1.0}, False), ({'bigrams': 10 ** 9}, False), ({'bigrams': -30}, False),
+    ({'embd_conv': 10 ** 9}, False), ({'tied': True}, False), ({'qk_norm': 'x' * 10 ** 6}, False), ({'relu2': None}, False)])
+def test_options_of_a_checkpoint(tmp_path, change, good):
+    state = good_state('muon', **OPTIONS)
+    state['model_args'].update(change)
+    torch.save(state, tmp_path / 'ckpt.pt')
+    assert bool(use(tmp_path, 'muon')) == good
+
+
+@pytest.mark.parametrize('buffers', [[], {2: {}}, {2: {'momentum_buffer': torch.zeros(3)}}, {2: {'exp_avg': torch.zeros(48, 16)}}])
+def test_muons_state_of_another_shape(tmp_path, buffers):
+    state = good_state('muon', **OPTIONS)
+    state['optimizer']['state'] = {**state['optimizer']['state'], **buffers} if buffers else buffers
+    state['optimizer']['param_groups'] = state['optimizer']['param_groups'] if buffers else []
+    torch.save(state, tmp_path / 'ckpt.pt')
+    assert not use(tmp_path, 'muon')
 
 
 def lying_tensor(*size):

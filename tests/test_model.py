@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, Dropout, GPTConfig, KVCache, attention, kept, peak_flops, sample
+from checks import peak_flops
+from model import GPT, Dropout, GPTConfig, KVCache, SquaredReLU, attention, kept, rotary, rotate, sample
 
 CASES = range(3)
 
@@ -341,3 +342,135 @@ def test_moments_in_bfloat16():
     groups[1][0].grad[0] = math.inf
     low.step()
     assert all(torch.equal(a, b) for a, b in zip(before, groups[1])) and all(torch.equal(low.state[q][k], v) for q in state for k, v in state[q].items())
+
+
+# -----------------------------------------------------------------------------
+# what GPT-2 doesn't have
+OPTIONS = dict(rope_base=100.0, qk_norm=True, relu2=True, tied=False, bigrams=60, embd_conv=2)
+
+
+def fast(**config):
+    torch.manual_seed(3)
+    model = GPT(GPTConfig(**{**dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32, bias=False, **OPTIONS), **config}))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model.eval()
+
+
+def test_attention_with_rotary_positions_and_norms_equals_stablelms():
+    from transformers import DynamicCache, StableLmConfig
+    from transformers.models.stablelm.modeling_stablelm import StableLmAttention, StableLmRotaryEmbedding
+    theirs_config = StableLmConfig(hidden_size=32, num_attention_heads=2, num_key_value_heads=2, qk_layernorm=True, use_qkv_bias=False,
+                                   rope_parameters=dict(rope_type='default', rope_theta=100.0, partial_rotary_factor=1.0), max_position_embeddings=64)
+    theirs_config._attn_implementation = 'eager'
+    theirs, ours = StableLmAttention(theirs_config, layer_idx=0).eval(), fast().transformer.h[0].attn
+    with torch.no_grad():
+        for name, w in zip(('q_proj', 'k_proj', 'v_proj'), ours.c_attn.weight.split(32)):
+            getattr(theirs, name).weight.copy_(w)
+        theirs.o_proj.weight.copy_(ours.c_proj.weight)
+    x, pos = torch.randn(2, 12, 32), torch.arange(12)[None]
+    turn = StableLmRotaryEmbedding(theirs_config)(x, pos)
+    future = torch.full((1, 1, 12, 12), -math.inf).triu(1)
+    expected = theirs(x, attention_mask=future, position_embeddings=turn, past_key_values=DynamicCache())[0]
+    torch.testing.assert_close(ours(x, rotary(pos[0], 16, 100.0)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rotary_positions_equal_llamas():
+    from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding, apply_rotary_pos_emb
+    q, k, pos = torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 8), torch.arange(5, 14)
+    config = LlamaConfig(hidden_size=24, num_attention_heads=3, head_dim=8, rope_parameters=dict(rope_type='default', rope_theta=500.0))
+    expected = apply_rotary_pos_emb(q, k, *LlamaRotaryEmbedding(config)(q, pos[None]))
+    for made, theirs in zip((rotate(z, *rotary(pos, 8, 500.0)) for z in (q, k)), expected):
+        torch.testing.assert_close(made, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_squared_relu_equals_transformers():
+    from transformers.activations import ACT2FN
+    mlp, x = fast().transformer.h[0].mlp, torch.randn(3, 32)
+    torch.testing.assert_close(mlp(x), mlp.c_proj(ACT2FN['relu2'](mlp.c_fc(x))))
+    assert torch.autograd.gradcheck(SquaredReLU.apply, torch.randn(20, dtype=torch.float64, requires_grad=True))
+
+
+@pytest.mark.parametrize('bigrams, conv', [(60, 2), (2550, 0), (0, 3), (60, 1)])
+def test_embeddings_one_token_at_a_time(bigrams, conv):
+    model, idx = fast(bigrams=bigrams, embd_conv=conv), torch.randint(50, (2, 7))
+    t, made = model.transformer, model.embed(idx)
+    for row in range(2):
+        alone = []
+        for i, token in enumerate(idx[row].tolist()):
+            x = t.wte.weight[token]
+            if bigrams:
+                before = idx[row, i - 1].item() if i else -1
+                x = x + t.bigrams.weight[(token * 51 + before + 1) % bigrams]
+            alone.append(x)
+            x = x + sum((t.conv[k - 1] * alone[i - k] for k in range(1, conv + 1) if i >= k), torch.zeros(32))
+            torch.testing.assert_close(made[row, i], x)
+
+
+def test_2550_rows_are_enough_for_all_pairs_of_50():
+    model = fast(bigrams=2550, embd_conv=0)
+    rows = {(token * 51 + before + 1) % 2550 for token in range(50) for before in range(-1, 50)}
+    assert len(rows) == 2550 and model.transformer.bigrams.weight.shape == (2550, 32)
+
+
+def test_options_change_no_default():
+    assert list(GPT(GPTConfig(16, 50, 1, 2, 32)).state_dict()) == [
+        'transformer.wte.weight', 'transformer.wpe.weight', *(f'transformer.h.0.{name}' for name in (
+            'ln_1.weight', 'ln_1.bias', 'attn.c_attn.weight', 'attn.c_attn.bias', 'attn.c_proj.weight', 'attn.c_proj.bias', 'ln_2.weight', 'ln_2.bias',
+            'mlp.c_fc.weight', 'mlp.c_fc.bias', 'mlp.c_proj.weight', 'mlp.c_proj.bias')), 'transformer.ln_f.weight', 'transformer.ln_f.bias', 'lm_head.weight']
+
+
+@pytest.mark.parametrize('off', [None, *OPTIONS])
+def test_options_with_the_cache_below_and_at_the_full_context(off):
+    model = fast(**({off: getattr(GPTConfig, off)} if off else {}))
+    prompt = torch.randint(50, (2, 5))
+    out = model.generate(prompt, 11, temperature=0)
+    for T in range(5, 16):  # as without a cache
+        assert torch.equal(model(out[:, :T])[0][:, -1].argmax(dim=-1), out[:, T])
+
+
+def test_beyond_the_full_context_rotary_positions_slide(monkeypatch):
+    """Each token sees the keys and values of the 16 tokens up to it, made when their turn was."""
+    import model as module
+    model, prompt = fast(), torch.randint(50, (2, 5))
+    seen, step = [], model.forward
+    monkeypatch.setattr(model, 'forward', lambda idx, **k: seen.append(idx.size(1)) or step(idx, **k))
+    out = model.generate(prompt, 45, temperature=0)
+    assert seen == [5] + [1] * 44  # the context is never read again
+    longer = fast(block_size=64)
+    longer.load_state_dict(model.state_dict())
+    band = torch.ones(64, 64).tril().triu(-15).bool()
+    monkeypatch.setattr(module, 'attention', lambda q, k, v, p, mask: F.scaled_dot_product_attention(q, k, v, band[:q.size(2), :q.size(2)]))
+    expected = longer(out, out)[0][:, 4:-1]  # a whole sequence at once
+    assert torch.equal(expected.argmax(dim=-1), out[:, 5:])
+
+
+def test_a_static_cache_slides_too():
+    model, idx = fast(), torch.randint(50, (2, 40))
+    caches = [KVCache(2, 16, static=static) for static in (False, True)]
+    for T in [range(5), *([i] for i in range(5, 40))]:
+        one, other = (model(idx[:, T], kv_cache=cache)[0] for cache in caches)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_options_in_bfloat16_and_compiled():
+    model, idx, targets = fast(), torch.randint(50, (2, 16)), torch.randint(50, (2, 16))
+    logits, loss = model(idx, targets)
+    with torch.autocast('cpu', torch.bfloat16):
+        low, low_loss = model(idx, targets)
+    assert (low - logits).norm() < 0.05 * logits.norm() and abs(low_loss - loss) < 0.05 * loss
+    torch.testing.assert_close(torch.compile(model)(idx, targets), (logits, loss), rtol=1e-4, atol=1e-4)
+
+
+def test_cropping_and_counting_without_learned_positions():
+    model = fast()
+    model.crop_block_size(8)
+    assert model.config.block_size == 8 and model(torch.randint(50, (1, 8)))[0].shape == (1, 1, 50)
+    assert model.get_num_params() == model.get_num_params(False) == sum(p.numel() for p in model.parameters())
+    assert model.flops_per_token() == 6 * (model.get_num_params() - 60 * 32) + 12 * 2 * 32 * 8
+
+
+@pytest.mark.parametrize('config', [dict(rope_base=-1.0), dict(n_embd=30, n_head=2)])
+def test_heads_that_cannot_be_turned(config):
+    with pytest.raises(ValueError, match='even size'):
+        fast(**config)

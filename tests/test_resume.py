@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Process, equal_states, metrics, run, run_ranks
+from conftest import FAST, ROOT, TINY, Process, equal_states, metrics, run, run_ranks
 
 import checkpoint
 
@@ -29,13 +29,14 @@ def start(ranks, *args, **options):
     return run_ranks(ranks, 'train.py', *args, threads=2, **options) if ranks > 1 else run('train.py', *args, **options)
 
 
-@pytest.mark.parametrize('dtype, ranks, compiled', [
-    ('float32', 1, False), ('bfloat16', 2, False),
+@pytest.mark.parametrize('dtype, ranks, compiled, options', [
+    ('float32', 1, False, []), ('bfloat16', 2, False, []), ('float32', 1, False, FAST),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ('float32', 1, True), ('float32', 2, False), ('bfloat16', 1, False), ('bfloat16', 1, True), ('float32', 2, True), ('bfloat16', 2, True)))])
-def test_pieces_equal_the_whole(char_data, tmp_path, dtype, ranks, compiled):
+        ('float32', 1, True, []), ('float32', 2, False, []), ('bfloat16', 1, False, []), ('bfloat16', 1, True, []), ('float32', 2, True, []),
+        ('bfloat16', 2, True, []), ('bfloat16', 2, False, FAST), ('float32', 1, True, FAST), ('bfloat16', 1, True, FAST)))])
+def test_pieces_equal_the_whole(char_data, tmp_path, dtype, ranks, compiled, options):
     # dropout, two micro-steps a rank, evaluations every five iterations, cuts at them and between them
-    args = [*TINY, f'--dataset={char_data}', f'--dtype={dtype}', f'--compile={compiled}', '--eval_interval=5', '--dropout=0.2',
+    args = [*TINY, *options, f'--dataset={char_data}', f'--dtype={dtype}', f'--compile={compiled}', '--eval_interval=5', '--dropout=0.2',
             f'--gradient_accumulation_steps={2 * ranks}']
     start(ranks, *args, f'--out_dir={tmp_path / "whole"}', '--max_iters=12')
     for upto in (5, 12) if compiled else (3, 5, 12):

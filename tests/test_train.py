@@ -19,7 +19,7 @@ from tokenizer import get_tokenizer, mean_bytes
 def test_learning_rates_are_nanogpts(golden):
     for schedule in golden['lr_schedules']:
         rates = schedule.pop('lr')
-        get_lr, = functions_of('train.py', 'get_lr', math=math, **schedule)
+        get_lr, = functions_of('train.py', 'get_lr', math=math, lr_schedule='cosine', **schedule)
         for it, lr in rates.items():
             assert get_lr(int(it)) == pytest.approx(lr, rel=1e-12), it
         schedule['lr'] = rates
@@ -27,8 +27,16 @@ def test_learning_rates_are_nanogpts(golden):
 
 @pytest.mark.parametrize('warmup, decay', [(100, 100), (100, 5)])
 def test_a_trial_shorter_than_its_warmup(warmup, decay):
-    get_lr, = functions_of('train.py', 'get_lr', math=math, learning_rate=1.0, min_lr=0.1, warmup_iters=warmup, lr_decay_iters=decay)
+    get_lr, = functions_of('train.py', 'get_lr', math=math, lr_schedule='cosine', learning_rate=1.0, min_lr=0.1, warmup_iters=warmup, lr_decay_iters=decay)
     assert get_lr(0) == 1 / 101 and get_lr(99) == 100 / 101 and get_lr(100) == 0.1
+
+
+def test_wsd_warms_up_stays_and_decays():
+    get_lr, = functions_of('train.py', 'get_lr', math=math, learning_rate=1.0, min_lr=0.2, warmup_iters=9, lr_decay_iters=100, lr_schedule='wsd',
+                           decay_share=0.4)
+    assert [get_lr(it) for it in (0, 4)] == pytest.approx([0.1, 0.5]) and {get_lr(it) for it in range(9, 61)} == {1.0}
+    assert [get_lr(it) for it in (70, 80, 99, 100, 200)] == pytest.approx([0.8, 0.6, 0.22, 0.2, 0.2])
+
 
 
 def batches(data, world_size=1, rank=0, accumulation=4, batch_size=3, block_size=8, seed=1337):

@@ -217,9 +217,9 @@ def test_out_of_memory_names_pairs_that_keep_the_batch(char_data, tmp_path):
 
 
 def test_a_run_that_may_not_fit_is_warned_of(char_data, tmp_path, capsys):
-    checks.check_memory(2 ** 50, 'cpu')
+    checks.plan_memory(2 ** 50, 2 ** 50, there=2 ** 50, device='cpu', ranks=1)
     assert 'that may not fit' in capsys.readouterr().err
-    checks.check_memory(2 ** 20, 'cpu')
+    checks.plan_memory(2 ** 50, 2 ** 20, there=2 ** 50, device='cpu', ranks=1)
     assert not capsys.readouterr().err
 
 

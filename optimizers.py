@@ -1,0 +1,79 @@
+"""
+Optimizers that torch doesn't have in this form. What train.py asks of fused AdamW they do, too: where found_inf is 1 an
+update changes nothing, without the host having to know.
+"""
+import math
+
+import torch
+from torch.optim.adamw import adamw
+
+from distributed import like, local, whole
+
+
+class LowMemoryAdamW(torch.optim.AdamW):
+    """AdamW with its moments in bfloat16: weight, gradient and moments are 12 bytes a parameter instead of 16.
+
+    An update is computed in float32, a tensor at a time. bfloat16 moves in steps of 0.4 to 0.8 %, so the second moment
+    stands still where beta2 is above 0.99.
+    """
+    moments_dtype = torch.bfloat16
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in [p for p in group['params'] if p.grad is not None]:
+                state = self.state[p]
+                if not state:
+                    state.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p, dtype=self.moments_dtype),
+                                 exp_avg_sq=torch.zeros_like(p, dtype=self.moments_dtype))
+                m, v = state['exp_avg'].float(), state['exp_avg_sq'].float()
+                adamw([p], [p.grad], [m], [v], [], [state['step']], fused=group['fused'], amsgrad=False, beta1=group['betas'][0],
+                      beta2=group['betas'][1], lr=group['lr'], weight_decay=group['weight_decay'], eps=group['eps'], maximize=False,
+                      grad_scale=getattr(self, 'grad_scale', None), found_inf=getattr(self, 'found_inf', None))
+                state['exp_avg'].copy_(m)
+                state['exp_avg_sq'].copy_(v)
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for the groups that have a momentum, AdamW for the others. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
+
+    A matrix moves by its gradient's momentum with all singular values made 1, nearly, times 0.2 sqrt(the longer side):
+    then an update is about as large as one of AdamW, and takes the same learning rate and weight decay (Liu et al. 2025,
+    https://arxiv.org/abs/2502.16982). That is torch.optim.Muon with adjust_lr_fn='match_rms_adamw'. But here matrices of
+    one shape go through in one batch, in float32 on CPUs (a step of the CPU recipe's takes 12 ms, by torch's 35), and
+    weights may be sharded: each rank then puts an update together and applies its part of it.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            if 'momentum' not in group:
+                continue
+            lr, momentum, batches = group['lr'], group['momentum'], {}
+            for p in [p for p in group['params'] if p.grad is not None]:
+                bad = getattr(self, 'found_inf', None)
+                bad = torch.zeros((), dtype=torch.bool, device=p.device) if bad is None else bad > 0
+                if not self.state[p]:
+                    self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+                buffer = self.state[p]['momentum_buffer']
+                local(buffer).lerp_(torch.where(bad, local(buffer), local(p.grad)), 1 - momentum)
+                update = whole(p.grad.lerp(buffer, momentum)).masked_fill(bad, 0.0)  # Nesterov's
+                local(p).mul_(1 - lr * group['weight_decay'] * ~bad)
+                tall = p.size(0) > p.size(1)
+                batches.setdefault(tuple(sorted(p.shape)), []).append((p, tall, update.t() if tall else update))
+                p.grad = None  # AdamW passes it over
+            for shape, batch in batches.items():
+                for (p, tall, _), o in zip(batch, orthogonalize(torch.stack([update for _, _, update in batch]))):
+                    p.add_(like(o.t() if tall else o, p), alpha=-lr * 0.2 * math.sqrt(shape[1]))
+        super().step()
+
+
+def orthogonalize(x):
+    """Matrices (n, R, C), R <= C, with their singular values brought near 1 (0.7 to 1.2), by five Newton-Schulz steps."""
+    # in bfloat16 where that is fast: it makes up for its own rounding
+    y = x.float() if x.device.type == 'cpu' else x.bfloat16()
+    y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        a = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), y, beta=3.4445)
+    return y.to(x.dtype)
