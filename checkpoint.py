@@ -391,7 +391,8 @@ def load_optimizer(optimizer, state, path):
         muons = {p for group in optimizer.param_groups if 'momentum' in group for p in group['params']}
         for i, p in enumerate(params if state['state'] else []):  # none before the first update
             moments = {k: m[:len(p)] if m.dim() else m for k, m in state['state'][i].items()}
-            if {k: m.shape for k, m in moments.items()} != (dict(momentum_buffer=p.shape) if p in muons else dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)):
+            expected = dict(momentum_buffer=p.shape) if p in muons else dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)
+            if {k: m.shape for k, m in moments.items()} != expected:
                 raise ValueError(f'it has other moments for a weight of shape {(*p.shape,)}')
             if p in own:  # a copy, as the file may change or go
                 dtype = getattr(inner(optimizer), 'moments_dtype', torch.float32)

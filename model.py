@@ -100,13 +100,12 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, turn=None, kv_cache=None, layer=0):
         B, T, C = x.size()
         nh, hs = self.n_head, C // self.n_head
-        qk, v = self.c_attn(x).view(B, T, 3 * nh, hs).transpose(1, 2).split((2 * nh, nh), dim=1)  # (B, 2 nh, T, hs), (B, nh, T, hs)
+        q, k, v = (z.view(B, T, nh, hs).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2))  # (B, nh, T, hs)
         if self.qk_norm:  # Dehghani et al. 2023, https://arxiv.org/abs/2302.05442
-            qk = F.layer_norm(qk, (hs,))
+            q, k = F.layer_norm(q, (hs,)), F.layer_norm(k, (hs,))
         if turn is not None:
-            qk = rotate(qk, *turn)
-        q, k = qk.type_as(v).chunk(2, dim=1)
-        mask = None
+            q, k = rotate(q, *turn), rotate(k, *turn)
+        q, k, mask = q.type_as(v), k.type_as(v), None
         if kv_cache is not None:
             k, v, mask = kv_cache.extend(layer, k, v)  # (B, nh, past + T, hs)
         y = attention(q, k, v, self.resid_dropout.p if self.training else 0.0, mask)
@@ -114,26 +113,8 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y))
 
 
-class SquaredReLU(torch.autograd.Function):
-    """F.relu(x).square(), in four passes over memory instead of seven: a CPU feels each."""
-
-    @staticmethod
-    def forward(ctx, x):
-        r = F.relu(x)
-        ctx.save_for_backward(r)
-        return r * r
-
-    @staticmethod
-    def backward(ctx, grad):
-        r, = ctx.saved_tensors
-        return (grad * r).mul_(2)
-
-
 class MLP(nn.Module):
-    """Two Linears with a GELU (Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415) between, (B, T, C) -> (B, T, C).
-
-    Or with a squared ReLU: So et al. 2021, https://arxiv.org/abs/2109.08668
-    """
+    """Two Linears with a GELU between, (B, T, C) -> (B, T, C). GELU: Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415"""
 
     def __init__(self, config):
         super().__init__()
@@ -144,7 +125,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = self.c_fc(x)  # (B, T, 4C)
-        x = SquaredReLU.apply(x) if self.relu2 else self.gelu(x)
+        # squared ReLU: So et al. 2021, https://arxiv.org/abs/2109.08668
+        x = F.relu(x).square() if self.relu2 else self.gelu(x)
         return self.dropout(self.c_proj(x))
 
 
@@ -302,23 +284,21 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def embed(self, idx, kv_cache=None):
-        """Embeddings (B, T, C) of token ids idx (B, T), with what the few tokens before each add, as far as there are any.
+        """Embeddings (B, T, C) of token ids idx (B, T), with what the few tokens before each add.
 
-        Pairs of tokens have embeddings of their own, by a hash if there are more pairs than rows: Huang et al. 2025,
-        https://arxiv.org/abs/2501.16975. Then follows a convolution over time, each channel for itself, as one before
-        attention: So et al. 2021, https://arxiv.org/abs/2109.08668
+        A pair of tokens has an embedding of its own, hashed if there are more pairs than rows: Huang et al. 2025,
+        https://arxiv.org/abs/2501.16975. A convolution over time, one for each channel, follows: So et al. 2021.
         """
-        c, T = self.config, idx.size(1)
-        n = c.embd_conv
-        if not n and not c.bigrams:
+        n, T, rows = self.config.embd_conv, idx.size(1), self.config.bigrams
+        before = n + (rows > 0)
+        if not before:
             return self.transformer.wte(idx)
-        before = n + (c.bigrams > 0)
         ids = F.pad(idx, (before, 0), value=-1) if kv_cache is None else kv_cache.with_recent(idx, before)
         x = self.transformer.wte(ids.clamp(min=0))
-        if c.bigrams:
-            pairs = ids[:, 1:] * (c.vocab_size + 1) + ids[:, :-1] + 1
-            x, ids = x[:, 1:] + self.transformer.bigrams(pairs % c.bigrams), ids[:, 1:]
-        x = x.masked_fill((ids < 0)[:, :, None], 0.0)
+        if rows:
+            pairs = ids[:, 1:] * (self.config.vocab_size + 1) + ids[:, :-1] + 1
+            x, ids = x[:, 1:] + self.transformer.bigrams(pairs % rows), ids[:, 1:]
+        x = x.masked_fill((ids < 0)[:, :, None], 0.0)  # nothing comes before the first token
         return x[:, n:] + sum(self.transformer.conv[k - 1] * x[:, n - k:n - k + T] for k in range(1, n + 1))
 
     def forward(self, idx, targets=None, kv_cache=None, return_logits=True):

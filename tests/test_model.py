@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from checks import peak_flops
-from model import GPT, Dropout, GPTConfig, KVCache, SquaredReLU, attention, kept, rotary, rotate, sample
+from model import GPT, Dropout, GPTConfig, KVCache, attention, kept, rotary, rotate, sample
 
 CASES = range(3)
 
@@ -388,7 +388,6 @@ def test_squared_relu_equals_transformers():
     from transformers.activations import ACT2FN
     mlp, x = fast().transformer.h[0].mlp, torch.randn(3, 32)
     torch.testing.assert_close(mlp(x), mlp.c_proj(ACT2FN['relu2'](mlp.c_fc(x))))
-    assert torch.autograd.gradcheck(SquaredReLU.apply, torch.randn(20, dtype=torch.float64, requires_grad=True))
 
 
 @pytest.mark.parametrize('bigrams, conv', [(60, 2), (2550, 0), (0, 3), (60, 1)])

@@ -110,7 +110,8 @@ def test_several_ranks_learn_the_same(char_data, tmp_path, parallel, ranks):
     args = [*TINY, *FAST, f'--dataset={char_data}', '--gradient_accumulation_steps=4', '--max_iters=20', '--eval_interval=10', '--dropout=0.1']
     run('train.py', *args, f'--out_dir={tmp_path / "one"}')
     for upto in (11, 20):  # cut and resumed on the way
-        out = ''.join(run_ranks(ranks, 'train.py', *args, f'--out_dir={tmp_path / "many"}', f'--parallel={parallel}', '--init_from=auto', f'--max_iters={upto}'))
+        out = ''.join(run_ranks(ranks, 'train.py', *args, f'--out_dir={tmp_path / "many"}', f'--parallel={parallel}', '--init_from=auto',
+                                f'--max_iters={upto}'))
     assert 'resumed from' in out
     one, many = ({e['iter']: e['loss'] for e in metrics(tmp_path / name, 'iter')} for name in ('one', 'many'))
     assert len(one) == 20 and all(many[i] == pytest.approx(loss, abs=5e-3) for i, loss in one.items())
