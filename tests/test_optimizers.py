@@ -48,8 +48,8 @@ def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest():
 
 def test_orthogonalize():
     torch.manual_seed(0)
-    x = torch.randn(3, 20, 50)
-    left, _, right = torch.linalg.svd(x, full_matrices=False)
+    left, _, right = torch.linalg.svd(torch.randn(3, 20, 50), full_matrices=False)
+    x = left @ torch.logspace(0, -2.5, 20).diag() @ right  # values of 1 to 0.003
     y = orthogonalize(x)
     assert y.shape == x.shape and torch.allclose(y, orthogonalize(x * 1e3), atol=1e-4)
     values = left.mT @ y @ right.mT  # diagonal: the same singular vectors
