@@ -152,7 +152,7 @@ def slices_work():
 
 
 def train_work(model, loss_of):
-    """One iteration as train.py's: a batch, forward, backward, clipping, AdamW; loss_of(model, X, Y) is the forward pass."""
+    """One iteration as train.py's: a batch, forward, backward, clipping, an update; loss_of(model, X, Y) is the forward pass."""
     optimizer = GPT.configure_optimizers(model, 0.1, 1e-4, (0.9, 0.95), device_type,  # asks for parameters alone: also for others' models
                                          optim=optim if isinstance(model, GPT) else 'adamw')
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
