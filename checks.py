@@ -84,6 +84,7 @@ RANGES = (
 )
 CHOICES = {
     'parallel': ('ddp', 'zero1', 'fsdp'), 'moments_dtype': ('float32', 'bfloat16'), 'optim': ('adamw', 'muon'), 'lr_schedule': ('cosine', 'wsd'),
+    'data_order': ('random', 'epochs'),
     'what': ('train', 'data', 'prefill', 'decode', 'run', 'start'), 'format': ('text', 'jsonl'),
 }
 

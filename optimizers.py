@@ -46,24 +46,23 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        for group in self.param_groups:
-            if 'momentum' not in group:
-                continue
+        for group in [group for group in self.param_groups if 'momentum' in group]:
             lr, momentum, batches = group['lr'], group['momentum'], {}
+            bad = getattr(self, 'found_inf', None)
+            bad = torch.zeros((), dtype=torch.bool, device=group['params'][0].device) if bad is None else bad > 0
+            keep = 1 - lr * group['weight_decay'] * ~bad
             for p in [p for p in group['params'] if p.grad is not None]:
-                bad = getattr(self, 'found_inf', None)
-                bad = torch.zeros((), dtype=torch.bool, device=p.device) if bad is None else bad > 0
                 if not self.state[p]:
                     self.state[p]['momentum_buffer'] = torch.zeros_like(p)
                 buffer = self.state[p]['momentum_buffer']
                 local(buffer).lerp_(torch.where(bad, local(buffer), local(p.grad)), 1 - momentum)
-                update = whole(p.grad.lerp(buffer, momentum)).masked_fill(bad, 0.0)  # Nesterov's
-                local(p).mul_(1 - lr * group['weight_decay'] * ~bad)
+                update = whole(p.grad.lerp(buffer, momentum))  # Nesterov's
+                local(p).mul_(keep)
                 tall = p.size(0) > p.size(1)
                 batches.setdefault(tuple(sorted(p.shape)), []).append((p, tall, update.t() if tall else update))
                 p.grad = None  # AdamW passes it over
             for shape, batch in batches.items():
-                for (p, tall, _), o in zip(batch, orthogonalize(torch.stack([update for _, _, update in batch]))):
+                for (p, tall, _), o in zip(batch, orthogonalize(torch.stack([update for _, _, update in batch]).masked_fill(bad, 0.0))):
                     p.add_(like(o.t() if tall else o, p), alpha=-lr * 0.2 * math.sqrt(shape[1]))
         super().step()
 

@@ -9,6 +9,7 @@ One GPU, CPU or Mac:       python train.py config/train_python_char.py
 
 Every knob below can be set in a config file or as --key=value; --help lists them.
 """
+import functools
 import math
 import os
 import shlex
@@ -48,6 +49,7 @@ wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 # data
 dataset = 'openwebtext'  # data/<dataset>, or a path, with train.bin and val.bin
+data_order = 'random'  # random (sequences from anywhere) | epochs (side by side, in random order, so that each token comes once an epoch)
 gradient_accumulation_steps = 5 * 8  # micro-batches an iteration, over all ranks together
 batch_size = 12  # sequences in a micro-batch
 block_size = 1024  # tokens in a sequence
@@ -187,6 +189,7 @@ model = distributed.wrap(model, device, parallel)
 # the data: every window of block_size + 1 tokens of a split, as a view of the file
 tokens = {split: checks.open_bin(os.path.join(data_dir, f'{split}.bin'), block_size, raw_model.config.vocab_size, meta) for split in ('train', 'val')}
 windows = {split: np.lib.stride_tricks.sliding_window_view(tokens[split], block_size + 1) for split in tokens}
+per_epoch = max(1, len(windows['train']) // block_size)  # sequences that fit side by side
 copy_stream = torch.cuda.Stream() if device_type == 'cuda' else None
 
 
@@ -211,9 +214,19 @@ def get_micro_batch(iter_num, micro_step):
     rows of all micro-batches of all ranks. So no generator's state is saved, and a run that is resumed, or cut up
     over other ranks, reads the same data.
     """
-    raw = np.random.Philox(key=seed, counter=[0, 0, 0, iter_num]).random_raw(gradient_accumulation_steps * batch_size)
     m = micro_step * ddp_world_size + ddp_rank  # the micro-batch's number among all ranks'
+    if data_order == 'epochs':
+        first = (iter_num * gradient_accumulation_steps + m) * batch_size
+        return get_batch('train', np.array([epoch_starts(n // per_epoch)[n % per_epoch] for n in range(first, first + batch_size)]))
+    raw = np.random.Philox(key=seed, counter=[0, 0, 0, iter_num]).random_raw(gradient_accumulation_steps * batch_size)
     return get_batch('train', raw[m * batch_size:(m + 1) * batch_size] % len(windows['train']))
+
+
+@functools.lru_cache(1)
+def epoch_starts(epoch):
+    """Where the sequences of an epoch begin, in their order: (per_epoch,), side by side from another first one in each epoch."""
+    rng, slack = np.random.default_rng((seed, epoch)), len(windows['train']) - (per_epoch - 1) * block_size
+    return rng.integers(slack) + block_size * rng.permutation(per_epoch)
 
 
 def seed_dropout(iter_num, micro_step):

@@ -6,6 +6,7 @@ log_interval = 10
 always_save_checkpoint = False
 
 dataset = 'shakespeare_char'
+data_order = 'epochs'
 gradient_accumulation_steps = 1
 batch_size = 32
 block_size = 64  # 32 x 64 = 2,048 tokens/iter: the run sees a sixth of an epoch
@@ -28,7 +29,7 @@ beta1 = 0.8
 beta2 = 0.95
 lr_schedule = 'wsd'
 decay_share = 0.8
-max_iters = 80
-lr_decay_iters = 80  # = max_iters
+max_iters = 85
+lr_decay_iters = 85  # = max_iters
 min_lr = 0.0
 warmup_iters = 5

@@ -19,6 +19,7 @@ WITHOUT = (
     ('the recipe', ()), ('AdamW instead of Muon', ('--optim=adamw',)), ('learned positions instead of RoPE', ('--rope_base=0',)),
     ('no QK-norm', ('--qk_norm=False',)), ('GELU instead of squared ReLU', ('--relu2=False',)), ('tied head', ('--tied=True',)),
     ('no bigram embeddings', ('--bigrams=0',)), ('no convolution of embeddings', ('--embd_conv=0',)), ('cosine instead of WSD', ('--lr_schedule=cosine',)),
+    ('sequences from anywhere instead of epochs', ('--data_order=random',)),
 )
 
 

@@ -27,7 +27,8 @@ TINY = ['--device=cpu', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_emb
         '--gradient_accumulation_steps=2', '--eval_iters=4', '--warmup_iters=0', '--lr_decay_iters=100', '--learning_rate=3e-3', '--loss_png=False']
 
 # all that config/train_shakespeare_char_fast.py turns on; 60 rows are too few for all pairs
-FAST = ['--rope_base=100', '--qk_norm=True', '--relu2=True', '--tied=False', '--bigrams=60', '--embd_conv=2', '--optim=muon', '--lr_schedule=wsd']
+FAST = ['--rope_base=100', '--qk_norm=True', '--relu2=True', '--tied=False', '--bigrams=60', '--embd_conv=2', '--optim=muon', '--lr_schedule=wsd',
+        '--data_order=epochs']
 
 
 # starts scripts: most of a short run is the import of torch, so that is done once, and each run is a fork of it. It must

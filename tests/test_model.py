@@ -380,8 +380,8 @@ def test_rotary_positions_equal_llamas():
     q, k, pos = torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 8), torch.arange(5, 14)
     config = LlamaConfig(hidden_size=24, num_attention_heads=3, head_dim=8, rope_parameters=dict(rope_type='default', rope_theta=500.0))
     expected = apply_rotary_pos_emb(q, k, *LlamaRotaryEmbedding(config)(q, pos[None]))
-    for made, theirs in zip((rotate(z, *rotary(pos, 8, 500.0)) for z in (q, k)), expected):
-        torch.testing.assert_close(made, theirs, rtol=1e-5, atol=1e-5)
+    for made, theirs in zip((rotate(z.transpose(1, 2), *rotary(pos, 8, 500.0)) for z in (q, k)), expected):
+        torch.testing.assert_close(made.transpose(1, 2), theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_squared_relu_equals_transformers():

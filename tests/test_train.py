@@ -1,4 +1,5 @@
 """The training loop: its helpers on their own, and runs of the script as people start them."""
+import functools
 import json
 import math
 import os
@@ -39,7 +40,7 @@ def test_wsd_warms_up_stays_and_decays():
 
 
 
-def batches(data, world_size=1, rank=0, accumulation=4, batch_size=3, block_size=8, seed=1337):
+def batches(data, world_size=1, rank=0, accumulation=4, batch_size=3, block_size=8, seed=1337, data_order='random'):
     """The micro-batches of train.py as {(iter_num, micro_step): (x, y)} over data."""
     windows = {'train': np.lib.stride_tricks.sliding_window_view(data, block_size + 1)}
     import checks
@@ -48,26 +49,33 @@ def batches(data, world_size=1, rank=0, accumulation=4, batch_size=3, block_size
         class config:
             vocab_size = 2 ** 16
 
-    get_micro_batch, _ = functions_of('train.py', 'get_micro_batch', 'get_batch', np=np, torch=torch, os=os, checks=checks, windows=windows, data_dir='',
-                                      raw_model=raw_model, device='cpu', device_type='cpu', seed=seed, gradient_accumulation_steps=accumulation,
-                                      batch_size=batch_size, ddp_world_size=world_size, ddp_rank=rank)
+    get_micro_batch, *_ = functions_of(
+        'train.py', 'get_micro_batch', 'get_batch', 'epoch_starts', np=np, torch=torch, os=os, functools=functools, checks=checks, windows=windows,
+        data_dir='', raw_model=raw_model, device='cpu', device_type='cpu', seed=seed, data_order=data_order, gradient_accumulation_steps=accumulation,
+        batch_size=batch_size, block_size=block_size, per_epoch=max(1, (len(data) - block_size) // block_size), ddp_world_size=world_size, ddp_rank=rank)
     return {(it, m): get_micro_batch(it, m) for it in range(200) for m in range(accumulation // world_size)}
 
 
-def test_batches_are_a_function_of_seed_and_iteration():
+@pytest.mark.parametrize('data_order', ['random', 'epochs'])
+def test_batches_are_a_function_of_seed_and_iteration(data_order):
     data = np.arange(100, dtype=np.uint16)
-    one = batches(data)
+    one = batches(data, data_order=data_order)
     for (it, m), (x, y) in one.items():
         assert x.shape == y.shape == (3, 8) and x.dtype == torch.int64
         assert torch.equal(x + 1, y) and torch.equal(x, x[:, :1] + torch.arange(8))  # targets are the next tokens
     # the same on two ranks, where each takes every other micro-batch, and with the iteration cut up otherwise
     for rank in (0, 1):
-        for (it, m), (x, y) in batches(data, world_size=2, rank=rank).items():
+        for (it, m), (x, y) in batches(data, world_size=2, rank=rank, data_order=data_order).items():
             assert torch.equal(x, one[it, 2 * m + rank][0])
     for it, m in [(0, 0), (7, 1)]:
-        x, _ = batches(data, accumulation=2, batch_size=6)[it, m]
+        x, _ = batches(data, accumulation=2, batch_size=6, data_order=data_order)[it, m]
         assert torch.equal(x, torch.cat((one[it, 2 * m][0], one[it, 2 * m + 1][0])))
-    assert not torch.equal(batches(data, seed=1)[0, 0][0], one[0, 0][0]) and not torch.equal(one[1, 0][0], one[0, 0][0])
+    assert not torch.equal(batches(data, seed=1, data_order=data_order)[0, 0][0], one[0, 0][0]) and not torch.equal(one[1, 0][0], one[0, 0][0])
+    if data_order == 'epochs':  # 11 sequences side by side, in another order and from another first one each time
+        epochs = torch.cat([x[:, 0] for x, _ in one.values()])[:2398].view(218, 11)
+        firsts = epochs.min(dim=1).values
+        assert ((epochs.sort(dim=1).values - firsts[:, None]) == 8 * torch.arange(11)).all() and firsts.unique().tolist() == list(range(12))
+        return
     # every start that leaves room for a target, and about equally often: 2,400 draws of 92
     counts = torch.cat([x[:, 0] for x, _ in one.values()]).bincount(minlength=92)
     assert len(counts) == 92 and (counts - 26.1).abs().max() < 5 * 26.1 ** 0.5
