@@ -368,8 +368,6 @@ def find_meta(state, out_dir, path):
 def build_model(state, dropout=0.0, dtype=torch.float32):
     """The GPT of a checkpoint that load() has read; the weights are copied out of the file, which may change or go."""
     weights = {name: tensor.to(dtype, copy=True) for name, tensor in state['model'].items()}
-    if state['model_args'].get('tied', True):
-        weights['lm_head.weight'] = weights['transformer.wte.weight']  # one tensor under two names
     return GPT.from_state_dict(GPTConfig(**{**state['model_args'], 'dropout': dropout, 'gelu': state.get('gelu', 'none')}), weights)
 
 

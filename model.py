@@ -263,7 +263,7 @@ class PackedLinear(nn.Module):
 
 
 class GPT(nn.Module):
-    """Embeddings of tokens and positions, blocks, a last norm, and an output layer that is the token embedding once more."""
+    """Embeddings of tokens and positions, blocks, a last norm, and an output layer: the token embedding once more, if it is tied."""
 
     def __init__(self, config):
         super().__init__()
@@ -428,14 +428,14 @@ class GPT(nn.Module):
         return kind(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu', 'mps', 'xpu'))
 
     def get_num_params(self, non_embedding=True):
-        """Number of parameters; position embeddings are left out, token embeddings stay as they are the output layer too."""
+        """Number of parameters; position embeddings are left out, token embeddings stay, as GPT-2 has them for the output layer too."""
         positions = 0 if self.config.rope_base else self.transformer.wpe.weight.numel()
         return sum(p.numel() for p in self.parameters()) - non_embedding * positions
 
     def flops_per_token(self):
         """FLOPs of one token's forward and backward pass: PaLM's 6N + 12LHQT, https://arxiv.org/abs/2204.02311, appendix B."""
         c = self.config
-        matmuls = self.get_num_params() - c.bigrams * c.n_embd  # a table of which rows are read
+        matmuls = self.get_num_params() - (c.bigrams + (not c.tied) * c.vocab_size) * c.n_embd  # but for tables of which rows are read
         return 6 * matmuls + 12 * c.n_layer * c.n_embd * c.block_size
 
     def estimate_mfu(self, fwdbwd_per_iter, dt):

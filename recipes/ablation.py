@@ -14,6 +14,9 @@ import sys
 import tempfile
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), '..')
+sys.path.insert(0, ROOT)
+from plot import read_metrics  # noqa: E402
+
 RECIPE, SEEDS = os.path.join(ROOT, 'config', 'train_shakespeare_char_fast.py'), (1337, 1338, 1339)
 WITHOUT = (
     ('the recipe', ()), ('AdamW instead of Muon', ('--optim=adamw',)), ('learned positions instead of RoPE', ('--rope_base=0',)),
@@ -28,8 +31,7 @@ def val_loss(*args):
     with tempfile.TemporaryDirectory() as out_dir:
         subprocess.run([sys.executable, os.path.join(ROOT, 'train.py'), RECIPE, *sys.argv[1:], *args, '--eval_interval=1000000', '--loss_png=False',
                         f'--out_dir={out_dir}'], check=True, stdout=subprocess.DEVNULL)
-        with open(os.path.join(out_dir, 'metrics.jsonl'), encoding='utf-8') as f:
-            return [e['val/loss'] for e in map(json.loads, f) if e['event'] == 'eval'][-1]
+        return read_metrics(out_dir)[1][-1]['val/loss']
 
 
 if {'-h', '--help'} & set(sys.argv):

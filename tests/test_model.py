@@ -466,7 +466,7 @@ def test_cropping_and_counting_without_learned_positions():
     model.crop_block_size(8)
     assert model.config.block_size == 8 and model(torch.randint(50, (1, 8)))[0].shape == (1, 1, 50)
     assert model.get_num_params() == model.get_num_params(False) == sum(p.numel() for p in model.parameters())
-    assert model.flops_per_token() == 6 * (model.get_num_params() - 60 * 32) + 12 * 2 * 32 * 8
+    assert model.flops_per_token() == 6 * (model.get_num_params() - (60 + 50) * 32) + 12 * 2 * 32 * 8
 
 
 @pytest.mark.parametrize('config', [dict(rope_base=-1.0), dict(n_embd=30, n_head=2)])
