@@ -374,7 +374,7 @@ def build_model(state, dropout=0.0, dtype=torch.float32):
 def load_optimizer(optimizer, state, path):
     """Puts the optimizer state of the checkpoint at path, ours or nanoGPT's, into an optimizer over the same parameters.
 
-    Of its settings, weight_decay and betas alone are taken: the others say how rather than what is computed, which
+    Of its settings, weight_decay, betas and momentum alone are taken: the others say how rather than what is computed, which
     depends on the device. The moments of a table that was cropped since, by a shorter block_size, are cropped alike.
     """
     if state is None:
@@ -385,7 +385,8 @@ def load_optimizer(optimizer, state, path):
         if len(state['param_groups']) != len(optimizer.param_groups):
             raise ValueError('it is of another --optim')
         for theirs, ours in zip(state['param_groups'], optimizer.param_groups):
-            ours.update(weight_decay=float(theirs['weight_decay']), betas=tuple(map(float, theirs['betas'])))
+            ours.update(weight_decay=float(theirs['weight_decay']), betas=tuple(map(float, theirs['betas'])),
+                        **{k: float(theirs[k]) for k in ('momentum',) if k in ours})
         muons = {p for group in optimizer.param_groups if 'momentum' in group for p in group['params']}
         for i, p in enumerate(params if state['state'] else []):  # none before the first update
             moments = {k: m[:len(p)] if m.dim() else m for k, m in state['state'][i].items()}
@@ -396,4 +397,4 @@ def load_optimizer(optimizer, state, path):
                 dtype = getattr(inner(optimizer), 'moments_dtype', torch.float32)
                 inner(optimizer).state[p] = {k: like(m.to(p.device, dtype if m.dim() else torch.float32, copy=True), p) for k, m in moments.items()}
     except Exception as e:  # it may hold anything
-        fail(f'the optimizer state in {path} does not fit its weights ({first_line(e)})', 'go on from another checkpoint')
+        fail(f'the optimizer state in {path} does not fit its weights ({first_line(e)})', 'use the --optim of that run, or another checkpoint')

@@ -43,6 +43,7 @@ class Muon(torch.optim.AdamW):
     one shape go through in one batch, in float32 on CPUs (6.8 ms a step of the fast recipe, torch's 14.7), and
     weights may be sharded: each rank then puts an update together and applies its part of it.
     """
+    __setstate__ = torch.optim.Optimizer.__setstate__  # AdamW's looks for its own moments in all groups
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -52,18 +53,20 @@ class Muon(torch.optim.AdamW):
             bad = torch.zeros((), dtype=torch.bool, device=group['params'][0].device) if bad is None else bad > 0
             keep = 1 - lr * group['weight_decay'] * ~bad
             for p in [p for p in group['params'] if p.grad is not None]:
-                if not self.state[p]:
-                    self.state[p]['momentum_buffer'] = torch.zeros_like(p)
-                buffer = self.state[p]['momentum_buffer']
-                local(buffer).lerp_(torch.where(bad, local(buffer), local(p.grad)), 1 - momentum)
-                update = whole(p.grad.lerp(buffer, momentum))  # Nesterov's
-                local(p).mul_(keep)
-                tall = p.size(0) > p.size(1)
-                batches.setdefault(tuple(sorted(p.shape)), []).append((p, tall, update.t() if tall else update))
-                p.grad = None  # AdamW passes it over
-            for shape, batch in batches.items():
-                for (p, tall, _), o in zip(batch, orthogonalize(torch.stack([update for _, _, update in batch]).masked_fill(bad, 0.0))):
-                    p.add_(like(o.t() if tall else o, p), alpha=-lr * 0.2 * math.sqrt(shape[1]))
+                batches.setdefault(tuple(sorted(p.shape)), []).append(p)
+            for shape, params in batches.items():
+                updates = torch.empty(len(params), *shape, device=bad.device)
+                for p, row in zip(params, updates):
+                    if not self.state[p]:
+                        self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+                    buffer = self.state[p]['momentum_buffer']
+                    local(buffer).lerp_(torch.where(bad, local(buffer), local(p.grad)), 1 - momentum)
+                    update = whole(p.grad.lerp(buffer, momentum))  # Nesterov's
+                    row.copy_(update if update.shape == shape else update.t())
+                    local(p).mul_(keep)
+                    p.grad = None  # AdamW passes it over
+                for p, o in zip(params, orthogonalize(updates.masked_fill_(bad, 0.0))):
+                    p.add_(like(o if p.shape == shape else o.t(), p), alpha=-lr * 0.2 * math.sqrt(shape[1]))
         super().step()
 
 

@@ -49,7 +49,7 @@ wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 # data
 dataset = 'openwebtext'  # data/<dataset>, or a path, with train.bin and val.bin
-data_order = 'random'  # random (sequences from anywhere) | epochs (side by side, in random order, so that each token comes once an epoch)
+data_order = 'random'  # random (sequences from anywhere) | epochs (side by side, in random order, so that no token comes twice in an epoch)
 gradient_accumulation_steps = 5 * 8  # micro-batches an iteration, over all ranks together
 batch_size = 12  # sequences in a micro-batch
 block_size = 1024  # tokens in a sequence
@@ -135,8 +135,7 @@ if init_from == 'auto':
     init_from = 'resume' if checkpoint.exists(out_dir) else 'scratch'
 if init_from == 'scratch':
     vocab_size = meta['vocab_size'] if meta else 50304
-    model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, rope_base=rope_base, qk_norm=qk_norm, relu2=relu2, tied=tied,
-                          bigrams=bigrams, embd_conv=embd_conv))
+    model = GPT(GPTConfig(vocab_size=vocab_size, **{k: value for k, value in config.items() if hasattr(GPTConfig, k)}))
     origin = 'from scratch'
 elif init_from == 'resume':
     state, path = checkpoint.load_best(out_dir) if eval_only else checkpoint.load_newest(out_dir)
@@ -170,9 +169,9 @@ optimizer = distributed.shard_optimizer(optimizer, parallel)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')  # float16 alone has too narrow a range
 if state and not eval_only:
     checkpoint.load_optimizer(optimizer, state.get('optimizer'), path)
-    given = optimizer.param_groups[0]
-    if (given['weight_decay'], *given['betas']) != (weight_decay, beta1, beta2):
-        say(f'weight_decay={given["weight_decay"]}, betas={given["betas"]} come from the checkpoint, not from the knobs')
+    given, muons = optimizer.param_groups[0], optimizer.param_groups[-1].get('momentum', momentum)
+    if (given['weight_decay'], *given['betas'], muons) != (weight_decay, beta1, beta2, momentum):
+        say(f'weight_decay={given["weight_decay"]}, betas={given["betas"]}{f", momentum={muons}" * (optim == "muon")} come from the checkpoint, not the knobs')
     if 'scaler' in state:
         scaler.load_state_dict(state['scaler'])
 if moments_dtype == 'bfloat16' and optimizer.param_groups[0]['betas'][1] > 0.99:
@@ -189,7 +188,7 @@ model = distributed.wrap(model, device, parallel)
 # the data: every window of block_size + 1 tokens of a split, as a view of the file
 tokens = {split: checks.open_bin(os.path.join(data_dir, f'{split}.bin'), block_size, raw_model.config.vocab_size, meta) for split in ('train', 'val')}
 windows = {split: np.lib.stride_tricks.sliding_window_view(tokens[split], block_size + 1) for split in tokens}
-per_epoch = max(1, len(windows['train']) // block_size)  # sequences that fit side by side
+per_epoch = max(1, len(windows['train']) // block_size)  # sequences that fit side by side, wherever the first begins
 copy_stream = torch.cuda.Stream() if device_type == 'cuda' else None
 
 
@@ -212,7 +211,7 @@ def get_micro_batch(iter_num, micro_step):
 
     What an iteration reads is a pure function of seed and iter_num: one draw of a counter-based generator gives the
     rows of all micro-batches of all ranks. So no generator's state is saved, and a run that is resumed, or cut up
-    over other ranks, reads the same data.
+    over other ranks, reads the same data, if an iteration keeps its number of sequences.
     """
     m = micro_step * ddp_world_size + ddp_rank  # the micro-batch's number among all ranks'
     if data_order == 'epochs':

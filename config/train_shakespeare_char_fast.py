@@ -1,6 +1,6 @@
 # train_shakespeare_char_cpu.py's size and data, with what the field has learned since, to its val loss in a fraction of its time
 out_dir = 'out-shakespeare-char-fast'
-eval_interval = 20
+eval_interval = 40
 eval_iters = 0  # the whole val split
 log_interval = 10
 always_save_checkpoint = False
@@ -24,12 +24,12 @@ tied = False
 
 optim = 'muon'
 momentum = 0.9
-learning_rate = 4e-3
+learning_rate = 5.5e-3
 beta1 = 0.8
 beta2 = 0.95
 lr_schedule = 'wsd'
 decay_share = 0.8
-max_iters = 85
-lr_decay_iters = 85  # = max_iters
+max_iters = 80
+lr_decay_iters = 80  # = max_iters
 min_lr = 0.0
 warmup_iters = 5

@@ -27,11 +27,11 @@ def updated(model, optimizer, steps=3):
 
 def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest():
     ours, theirs = small(), small()
-    made = updated(ours, ours.configure_optimizers(0.1, 1e-2, (0.8, 0.95), 'cpu', optim='muon', momentum=0.9))
+    made = updated(ours, ours.configure_optimizers(10.0, 1e-2, (0.8, 0.95), 'cpu', optim='muon', momentum=0.9))
     matrices = [p for p in theirs.transformer.h.parameters() if p.dim() == 2]
     rest = [p for p in theirs.parameters() if all(p is not m for m in matrices)]
-    muon = torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, momentum=0.9, adjust_lr_fn='match_rms_adamw')
-    adamw = torch.optim.AdamW([dict(params=[p for p in rest if p.dim() == 2], weight_decay=0.1),
+    muon = torch.optim.Muon(matrices, lr=1e-2, weight_decay=10.0, momentum=0.9, adjust_lr_fn='match_rms_adamw')
+    adamw = torch.optim.AdamW([dict(params=[p for p in rest if p.dim() == 2], weight_decay=10.0),
                                dict(params=[p for p in rest if p.dim() == 1], weight_decay=0.0)], lr=1e-2, betas=(0.8, 0.95))
 
     class Both:
@@ -39,10 +39,10 @@ def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest():
             muon.step()
             adamw.step()
 
-    before = list(small().parameters())
-    for p, made_of_it, theirs_of_it in zip(before, made, updated(theirs, Both())):
+    before = small()
+    for (name, p), made_of_it, theirs_of_it in zip(before.named_parameters(), made, updated(theirs, Both())):
         # torch's is computed in bfloat16, of which Newton-Schulz makes some percent
-        assert (made_of_it - theirs_of_it).norm() < (0.03 if p.dim() == 2 else 1e-6) * (theirs_of_it - p).norm()
+        assert (made_of_it - theirs_of_it).norm() < (0.03 if '.h.' in name and p.dim() == 2 else 1e-6) * (theirs_of_it - p).norm()
         assert (made_of_it - p).norm() > 0
 
 
