@@ -18,7 +18,7 @@ def commands():
     """Every shell command of the README and the data sets' readmes, as (page, words)."""
     pages = ['README.md', *sorted(os.path.relpath(p, ROOT) for p in glob.glob(os.path.join(ROOT, 'data', '*', 'readme.md')))]
     for page in pages:
-        text = read(page)
+        text = re.sub(r'\\\n *', '', read(page))
         lines = '\n'.join(re.findall(r'```sh\n(.*?)```', text, re.S)).splitlines() + re.findall(r'^    (\S.*)', text, re.M)
         lines += re.findall(r'`((?:python|torchrun) [^`]*)`', text.replace('\n', ' '))
         for line in lines:
