@@ -98,7 +98,8 @@ else:
     tokens = np.random.default_rng(seed).integers(0, vocab_size, 2 ** 20).astype(np.uint16)
 windows = np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1)
 
-model = GPT(GPTConfig(vocab_size=vocab_size, **{k: value for k, value in config.items() if hasattr(GPTConfig, k)}))
+model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, rope_base=rope_base, qk_norm=qk_norm, relu2=relu2, tied=tied,
+                      bigrams=bigrams, embd_conv=embd_conv))
 for block in model.transformer.h:
     block.recompute = activation_checkpointing
 num_params, flops_per_token = model.get_num_params(), model.flops_per_token()

@@ -135,7 +135,8 @@ if init_from == 'auto':
     init_from = 'resume' if checkpoint.exists(out_dir) else 'scratch'
 if init_from == 'scratch':
     vocab_size = meta['vocab_size'] if meta else 50304
-    model = GPT(GPTConfig(vocab_size=vocab_size, **{k: value for k, value in config.items() if hasattr(GPTConfig, k)}))
+    model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, rope_base=rope_base, qk_norm=qk_norm, relu2=relu2, tied=tied,
+                          bigrams=bigrams, embd_conv=embd_conv))
     origin = 'from scratch'
 elif init_from == 'resume':
     state, path = checkpoint.load_best(out_dir) if eval_only else checkpoint.load_newest(out_dir)
