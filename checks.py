@@ -109,6 +109,8 @@ def check_ranges(config):
              'it falls from the warmup to min_lr')
     if config.get('decay_lr') and config['min_lr'] > config['learning_rate']:
         warn(f'min_lr={config["min_lr"]} is above learning_rate={config["learning_rate"]}: the learning rate rises in the end')
+    if config.get('decay_lr') and config['min_lr'] == 0 and config['max_iters'] > config['lr_decay_iters']:
+        warn(f'the learning rate is 0 from iteration {config["lr_decay_iters"]} on; set --lr_decay_iters={config["max_iters"]}, too')
 
 
 def make_folder(path, knob='--out_dir'):

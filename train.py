@@ -106,8 +106,10 @@ device, device_why = checks.choose_device(device, ddp_local_rank)
 device_type = torch.device(device).type
 dtype, dtype_why = checks.choose_dtype(dtype, device_type)
 compile, compile_why = checks.choose_compile(compile, device_type)
-if optim == 'muon' and (parallel == 'zero1' or moments_dtype != 'float32'):
-    checks.fail(f'muon does not go with parallel={parallel}, moments_dtype={moments_dtype}', 'use --parallel=ddp or fsdp, and moments in float32')
+if optim == 'muon' and parallel == 'zero1':
+    checks.fail('muon does not go with parallel=zero1', 'use --parallel=ddp or fsdp')
+if optim == 'muon' and moments_dtype != 'float32':
+    checks.fail(f'muon does not go with moments_dtype={moments_dtype}', 'leave it at float32')
 if parallel == 'fsdp' and dtype == 'float16':
     checks.fail('fsdp does not scale the loss as float16 needs it', 'try --dtype=bfloat16 or --parallel=zero1')
 if device_type == 'cpu' and parallel != 'fsdp':  # which gathers to free again: kept, that would be more than it saves

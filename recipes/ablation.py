@@ -29,8 +29,10 @@ WITHOUT = (
 def val_loss(*args):
     """Of the whole val split, at the end of the run."""
     with tempfile.TemporaryDirectory() as out_dir:
-        subprocess.run([sys.executable, os.path.join(ROOT, 'train.py'), RECIPE, *sys.argv[1:], *args, '--eval_interval=1000000', '--loss_png=False',
-                        f'--out_dir={out_dir}'], check=True, stdout=subprocess.DEVNULL)
+        run = subprocess.run([sys.executable, os.path.join(ROOT, 'train.py'), RECIPE, *sys.argv[1:], *args, '--eval_interval=1000000',
+                              '--loss_png=False', f'--out_dir={out_dir}'], stdout=subprocess.DEVNULL)
+        if run.returncode:
+            sys.exit(run.returncode)  # it has said why
         return read_metrics(out_dir)[1][-1]['val/loss']
 
 

@@ -3,7 +3,7 @@ The faithful CPU recipe against the fast one, at three lengths, one run after th
 
     python recipes/race.py [FOLDER [PLAIN]]
 
-FOLDER (out-race) takes the runs and race.png. PLAIN is a script whose `learn --data=DIR` trains the plain way and prints
+It needs data/shakespeare_char. FOLDER (out-race) takes the runs and race.png. PLAIN is a script whose `learn --data=DIR` trains the plain way and prints
 JSON with seconds and val_loss: then its seconds count. A loss is that of the whole val split, in windows of 64 tokens,
 seconds are those of training alone. The last line is JSON. Run nothing beside it.
 """
@@ -24,10 +24,13 @@ LENGTHS = (80, 140, 1100)  # iterations; the last are a little less than the fai
 
 def train(name, config, *args):
     """(name, iterations, seconds, val loss) of a run of train.py."""
+    print(f'training {name}', file=sys.stderr)
     out_dir = os.path.join(folder, name)
     shutil.rmtree(out_dir, ignore_errors=True)
-    subprocess.run([sys.executable, 'train.py', f'config/{config}.py', *args, '--eval_iters=0', '--log_interval=10', f'--out_dir={out_dir}'],
-                   check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    run = subprocess.run([sys.executable, 'train.py', f'config/{config}.py', *args, '--eval_iters=0', '--log_interval=10', f'--out_dir={out_dir}'],
+                         cwd=ROOT, stdout=subprocess.DEVNULL)
+    if run.returncode:
+        sys.exit(run.returncode)  # it has said why
     iterations, evaluations = read_metrics(out_dir)
     return name, evaluations[-1]['iter'], round(positions(evaluations, iterations, 'seconds')[-1], 2), round(evaluations[-1]['val/loss'], 4)
 

@@ -259,6 +259,7 @@ def test_without_torchruns_variables(char_data, tmp_path, env, words):
 @pytest.mark.parametrize('flags, words', [
     (['--warmup_iters=100', '--lr_decay_iters=5'], 'lr_decay_iters=5 is not above warmup_iters=100'),
     (['--warmup_iters=5', '--lr_decay_iters=5'], 'never decays'), (['--min_lr=0.1'], 'min_lr=0.1 is above learning_rate=0.003'),
+    (['--min_lr=0', '--lr_decay_iters=1', '--max_iters=2'], 'the learning rate is 0 from iteration 1 on; set --lr_decay_iters=2'),
     (['--min_lr=0.1', '--decay_lr=False'], ''), ([], '')])
 def test_what_may_surprise_is_said_and_accepted(char_data, tmp_path, flags, words):
     err = run_here('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={tmp_path}', '--max_iters=1', *flags).stderr
