@@ -73,6 +73,14 @@ def test_an_update_that_found_inf_changes_nothing():
         assert torch.equal(made, expected)
 
 
+def test_muon_can_be_copied():
+    model = small()
+    optimizer = model.configure_optimizers(0.1, 1e-2, (0.8, 0.95), 'cpu', optim='muon')
+    updated(model, optimizer)
+    state = optimizer.state_dict()['state']
+    torch.testing.assert_close(copy.deepcopy(optimizer).state_dict()['state'], state, rtol=0, atol=0)
+
+
 SHARDED = f"""
 import sys
 sys.path.insert(0, {ROOT!r})
@@ -131,3 +139,11 @@ def test_a_run_goes_on_with_its_own_optimizer_alone(char_data, tmp_path):
     run('train.py', *args, '--max_iters=2')
     out = run('train.py', *args, '--max_iters=4', '--init_from=resume', '--optim=muon', ok=False)
     assert 'it is of another --optim' in out.stderr and len(out.stderr.splitlines()) == 1
+
+
+def test_a_run_goes_on_with_its_own_momentum(char_data, tmp_path):
+    args = [*TINY, '--optim=muon', f'--dataset={char_data}', f'--out_dir={tmp_path}']
+    run('train.py', *args, '--max_iters=2', '--momentum=0.8')
+    out = run('train.py', *args, '--max_iters=4', '--init_from=resume', '--momentum=0.7').stdout
+    assert 'momentum=0.8 come from the checkpoint' in out
+    assert checkpoint.load(str(tmp_path / 'ckpt.pt'))['optimizer']['param_groups'][2]['momentum'] == 0.8
