@@ -385,8 +385,9 @@ def load_optimizer(optimizer, state, path):
         if len(state['param_groups']) != len(optimizer.param_groups):
             raise ValueError('it is of another --optim')
         for theirs, ours in zip(state['param_groups'], optimizer.param_groups):
-            ours.update(weight_decay=float(theirs['weight_decay']), betas=tuple(map(float, theirs['betas'])),
-                        **{k: float(theirs[k]) for k in ('momentum',) if k in ours})
+            ours.update(weight_decay=float(theirs['weight_decay']), betas=tuple(map(float, theirs['betas'])))
+            if 'momentum' in ours:
+                ours['momentum'] = float(theirs['momentum'])
         muons = {p for group in optimizer.param_groups if 'momentum' in group for p in group['params']}
         for i, p in enumerate(params if state['state'] else []):  # none before the first update
             moments = {k: m[:len(p)] if m.dim() else m for k, m in state['state'][i].items()}

@@ -172,9 +172,10 @@ optimizer = distributed.shard_optimizer(optimizer, parallel)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')  # float16 alone has too narrow a range
 if state and not eval_only:
     checkpoint.load_optimizer(optimizer, state.get('optimizer'), path)
-    given, muons = optimizer.param_groups[0], optimizer.param_groups[-1].get('momentum', momentum)
-    if (given['weight_decay'], *given['betas'], muons) != (weight_decay, beta1, beta2, momentum):
-        say(f'weight_decay={given["weight_decay"]}, betas={given["betas"]}{f", momentum={muons}" * (optim == "muon")} come from the checkpoint, not the knobs')
+    given, its_momentum = optimizer.param_groups[0], optimizer.param_groups[-1].get('momentum', momentum)
+    if (given['weight_decay'], *given['betas'], its_momentum) != (weight_decay, beta1, beta2, momentum):
+        say(f'weight_decay={given["weight_decay"]}, betas={given["betas"]}{f", momentum={its_momentum}" * (optim == "muon")} '
+            'come from the checkpoint, not from the knobs')
     if 'scaler' in state:
         scaler.load_state_dict(state['scaler'])
 if moments_dtype == 'bfloat16' and optimizer.param_groups[0]['betas'][1] > 0.99:

@@ -1,5 +1,5 @@
 """
-What each option of the fast recipe is worth: the recipe without it, over three seeds, as a table. About five minutes on 2 cores.
+What each option of the fast recipe is worth: the recipe without it, over three seeds, as a table. Some minutes on 2 cores.
 
     python recipes/ablation.py                      at the recipe's own length
     python recipes/ablation.py --max_iters=1600 --lr_decay_iters=1600 --learning_rate=3e-3

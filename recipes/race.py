@@ -1,5 +1,5 @@
 """
-The faithful CPU recipe against the fast one, at three lengths, one run after the other. Four minutes on 2 cores.
+The faithful CPU recipe against the fast one, at three lengths, one run after the other. Five minutes on 2 cores.
 
     python recipes/race.py [FOLDER [PLAIN]]
 

@@ -174,8 +174,9 @@ def equal_states(a, b):
     """Whether two checkpoint files hold the same weights, optimizer state and place in the run, to the bit."""
     a, b = (checkpoint.load(str(path)) for path in (a, b))
     tensors = [{**x['model'], **{(i, k): v for i, state in x['optimizer']['state'].items() for k, v in state.items()}} for x in (a, b)]
-    return (a['iter_num'] == b['iter_num'] and len(tensors[0]) > 2 * len(a['model']) and tensors[0].keys() == tensors[1].keys()
-            and all(torch.equal(x, tensors[1][k]) for k, x in tensors[0].items()))
+    moments = [tuple(state) for state in b['optimizer']['state'].values()]  # AdamW's three, or Muon's
+    return (a['iter_num'] == b['iter_num'] and moments and all(len(m) == 3 or m == ('momentum_buffer',) for m in moments)
+            and tensors[0].keys() == tensors[1].keys() and all(torch.equal(x, tensors[1][k]) for k, x in tensors[0].items()))
 
 
 def functions_of(script, *names, **space):
