@@ -12,6 +12,7 @@ Two things compared take turns in one run, and the median ratio of the pairs cou
 below can be set in a config file or as --key=value.
 """
 import datetime
+import gc
 import itertools
 import json
 import os
@@ -293,6 +294,7 @@ else:
         if time.perf_counter() - t1 < MAX_SECONDS:  # work of such length has nothing more to warm up
             timed(work)
     print(f'warmed up in {time.perf_counter() - t0:.1f} s', flush=True)
+gc.freeze()  # as train.py does
 profiler = None
 if profile:
     checks.make_folder(out_dir)

@@ -326,15 +326,17 @@ def training_bytes(num_params, config, batch_size, dtype, device_type='cuda', co
     Held: weights and gradients, 4 bytes each a parameter, and `moments` bytes of AdamW's, as far as they aren't shared out
     (fsdp has the embedding and its gradient whole at times). Activations: what the backward pass keeps of each layer,
     about 34 x C bytes a token in 16-bit numbers (Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, without the
-    attention matrix, which only dropout on a CPU keeps, with masks), or if it recomputes them of one layer, and of the
-    others what goes in; and the logits with their gradient, whole if compiled, else in pieces of 2**24.
+    attention matrix, which a CPU keeps with dropout, with masks, and in bfloat16), or if it recomputes them of one layer,
+    and of the others what goes in; and the logits with their gradient, whole if compiled, else in pieces of 2**25.
     """
     width, tokens = 1 if dtype != 'float32' else 2, batch_size * config.block_size
     layer = 34 * config.n_embd * width
     if config.dropout and device_type == 'cpu':
         layer += 4 * (config.n_head * config.block_size + config.n_embd) * 2 * width
+    elif device_type == 'cpu' and dtype == 'bfloat16' and config.block_size <= 1024:  # see model.attention
+        layer += 2 * config.n_head * config.block_size
     layers = layer + 4 * config.n_layer * config.n_embd if recompute else config.n_layer * layer
-    logits = tokens * config.vocab_size if compiled else min(tokens * config.vocab_size, 2 ** 24)
+    logits = tokens * config.vocab_size if compiled else min(tokens * config.vocab_size, 2 ** 25)
     held = {'ddp': (8 + moments) * num_params, 'zero1': (8 + moments / ranks) * num_params,
             'fsdp': (8 + moments) * num_params / ranks + 8 * config.vocab_size * config.n_embd}
     return int(held[parallel if ranks > 1 else 'ddp']), tokens * layers + logits * (4 + 4 + 4 * width)

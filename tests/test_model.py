@@ -171,10 +171,10 @@ def test_targets_of_minus_one_are_ignored():
     torch.testing.assert_close(model(x, masked)[1], expected)
 
 
-@pytest.mark.parametrize('dtype, rtol', [('float32', 1e-5), ('bfloat16', 0.02)])  # 8 bits of mantissa, summed up in another order
+@pytest.mark.parametrize('dtype, rtol', [('float32', 1e-5), ('bfloat16', 0.03)])  # 8 bits of mantissa, summed up in another order; in the residual stream, too
 def test_the_loss_alone_is_the_same_loss(dtype, rtol):
     model = GPT(GPTConfig(block_size=128, vocab_size=50304, n_layer=1, n_head=2, n_embd=32))
-    x, y = torch.randint(50304, (2, 4, 128))  # 512 rows of logits: more than one piece of 2**24 / 50304
+    x, y = torch.randint(50304, (2, 8, 128))  # 1,024 rows of logits: more than one piece of 2**25 / 50304
     y[0, :9] = -1
     results = []
     for return_logits in (True, False):
