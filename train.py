@@ -362,7 +362,7 @@ bad_steps, worst, skipped = torch.zeros(3, device=device)  # updates skipped in 
 bad_now, losses = 0, None  # the host's copy of worst; of the last evaluation, None if it was cut off
 mfu = None  # a running mean, unknown at first
 token_bytes = mean_bytes(tokens['val'][1:], meta) if eval_only or not eval_iters else None
-gc.freeze()  # the garbage collector would look at all that is there by now again and again: 4% of a small model's time
+gc.freeze()  # the garbage collector would look at all that is there by now again and again
 X, Y = get_micro_batch(iter_num, 0)
 t0, timed_from = time.perf_counter(), iter_num
 eval_seconds = 0.0  # that the last evaluation took
