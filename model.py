@@ -55,7 +55,7 @@ class Dropout(nn.Module):
         self.p = p
 
     def forward(self, x):
-        if x.device.type != 'cpu' or not self.training or not self.p or torch.compiler.is_compiling():
+        if x.device.type != 'cpu' or not self.training or not self.p:
             return F.dropout(x, self.p, self.training)
         return x * kept(x, self.p) * (1 / (1 - self.p))
 
@@ -77,7 +77,7 @@ def attention(q, k, v, dropout_p=0.0, mask=None):
     # on CPUs F.scaled_dot_product_attention has no fast path with dropout (T=256, forward and backward: 436 ms against
     # 228), and is slow in bfloat16 (T=64: 2.9 ms against 0.4, T=1024: 135 against 84), but for the memory of (T, T)
     slow = mask is None and (dropout_p or T <= 1024 and q.dtype == torch.bfloat16 and q.requires_grad)
-    if q.device.type != 'cpu' or not slow or torch.compiler.is_compiling():
+    if q.device.type != 'cpu' or not slow:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=T > 1)
     future = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
     q, k, v = (z.flatten(0, 1) for z in (q, k, v))
