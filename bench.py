@@ -165,7 +165,11 @@ def train_work(model, loss_of):
             loss = loss_of(run, *batch())
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if scaler.is_enabled() or device_type == 'mps':
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, grad_norm)
+        else:
+            optimizer.grad_scale = grad_norm.clamp(min=1)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)

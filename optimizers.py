@@ -49,7 +49,7 @@ class Muon(torch.optim.AdamW):
     def step(self, closure=None):
         for group in [group for group in self.param_groups if 'momentum' in group]:
             lr, momentum, batches = group['lr'], group['momentum'], {}
-            bad = getattr(self, 'found_inf', None)
+            bad, scale = getattr(self, 'found_inf', None), getattr(self, 'grad_scale', None)
             bad = torch.zeros((), dtype=torch.bool, device=group['params'][0].device) if bad is None else bad > 0
             keep = 1 - lr * group['weight_decay'] * ~bad
             for p in [p for p in group['params'] if p.grad is not None]:
@@ -60,6 +60,8 @@ class Muon(torch.optim.AdamW):
                     if not self.state[p]:
                         self.state[p]['momentum_buffer'] = torch.zeros_like(p)
                     buffer = self.state[p]['momentum_buffer']
+                    if scale is not None:
+                        local(p.grad).div_(scale)
                     local(buffer).lerp_(torch.where(bad, local(buffer), local(p.grad)), 1 - momentum)
                     update = whole(p.grad.lerp(buffer, momentum))  # Nesterov's
                     row.copy_(update if update.shape == shape else update.t())

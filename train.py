@@ -413,7 +413,7 @@ while True:
             scaler.scale(loss / micro_steps * (1 + 0 * loss.detach())).backward()
         loss_sum += loss.detach()
     scaler.unscale_(optimizer)
-    grad_norm = distributed.whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf))
+    grad_norm = distributed.whole(torch.nn.utils.get_total_norm([p.grad for p in raw_model.parameters() if p.grad is not None]))
     # what isn't finite must not reach the weights: fused AdamW leaves them, its moments and its count of steps as they
     # are where found_inf is 1, without the host having to know (a GradScaler sets it by itself)
     bad = (~grad_norm.isfinite()).float()
@@ -421,7 +421,11 @@ while True:
     worst, skipped = torch.maximum(worst, bad_steps), skipped + bad
     if not scaler.is_enabled():
         distributed.inner(optimizer).found_inf = bad
-    if device_type != 'mps' or not bad.item():  # whose kernel doesn't look at found_inf
+    if scaler.is_enabled() or device_type == 'mps':
+        torch.nn.utils.clip_grads_with_norm_(raw_model.parameters(), grad_clip or math.inf, grad_norm)
+    else:  # clipped on the way into the update, which spares a pass over all gradients
+        distributed.inner(optimizer).grad_scale = (grad_norm / (grad_clip or math.inf)).clamp(min=1)
+    if device_type != 'mps' or not bad.item():  # whose kernel looks at neither
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
