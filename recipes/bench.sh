@@ -16,10 +16,10 @@ row() {  # name, the command to compare with or nothing, the arguments of bench.
 }
 
 char=config/train_shakespeare_char.py cpu=config/train_shakespeare_char_cpu.py
-row train_cpu_recipe "${plain:+$plain train --preset=cpu_recipe --iters=60}" $cpu --repeats=10
+row train_cpu_recipe "${plain:+$plain train --preset=cpu_recipe --iters=60}" $cpu
+row train_cpu_recipe_compiled "${plain:+$plain train --preset=cpu_recipe --iters=60}" $cpu --compile=True
 row train_char "${plain:+$plain train --preset=char --iters=1}" $char --repeats=3
 row train_char_without_dropout "" $char --dropout=0.0
-row train_char_without_dropout_bf16 "" $char --dropout=0.0 --dtype=bfloat16
 row train_gpt2 "${plain:+$plain train --preset=gpt2 --iters=1}" --real_data=False --batch_size=4 --bias=True --repeats=3
 row run_cpu_recipe "${plain:+$plain learn --data=data/shakespeare_char}" --what=run $cpu --repeats=3
 row decode_1 hf --what=decode --real_data=False
