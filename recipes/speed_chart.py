@@ -16,7 +16,7 @@ with open(os.path.join(ASSETS, 'bench', 'cpu.json'), encoding='utf-8') as f:
     rows = sorted((row for row in json.load(f) if 'ratio' in row), key=lambda row: row['ratio'])
 figure = Figure(figsize=(9, 4.5), layout='constrained')
 axes = figure.subplots()
-names = [f'{MODELS[row["n_layer"], row["n_embd"]]}, {WORK.get(row["what"]) or "generation, batch of " + str(row["batch_size"])}'
+names = [f'{MODELS[row["n_layer"], row["n_embd"]]}, {WORK.get(row["what"]) or "generation, batch of " + str(row["batch_size"])}{", compiled" * row["compile"]}'
          f' (beside {"transformers" if row["compare"] == "hf" else "slices" if row["compare"] == "slices" else "plain"})' for row in rows]
 bars = axes.barh(names, [row['ratio'] for row in rows], color='C0')
 axes.bar_label(bars, [f' {row["ratio"]:.3g}' for row in rows])
