@@ -58,6 +58,33 @@ def test_orthogonalize():
     assert (orthogonalize(torch.zeros(1, 4, 4)) == 0).all()
 
 
+@pytest.mark.parametrize('options', [{}, dict(moments_dtype='bfloat16'), dict(optim='muon')])
+def test_gradients_are_clipped_on_the_way_into_the_update(options):
+    models = small(), small()
+    for model, scaled in zip(models, (True, False)):
+        optimizer = model.configure_optimizers(0.1, 1e-2, (0.8, 0.95), 'cpu', **options)
+        torch.manual_seed(1)
+        for size in (0.001, 30.0, 1.0):  # all of one size would make the same updates unclipped
+            for p in model.parameters():
+                p.grad = size * torch.randn_like(p)
+            if scaled:
+                optimizer.grad_scale = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).clamp(min=1)
+            else:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+    for ours, theirs in zip(*(model.parameters() for model in models)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_clips_its_gradients(char_data, tmp_path):
+    logged = {}
+    for clip in ('0', '1e9', '0.1'):
+        run('train.py', *TINY, f'--dataset={char_data}', '--max_iters=6', '--dtype=float32', f'--grad_clip={clip}', f'--out_dir={tmp_path / clip}')
+        logged[clip] = [event['loss'] for event in metrics(tmp_path / clip, 'iter')]
+    assert logged['0'] == logged['1e9'] != pytest.approx(logged['0.1'], rel=1e-5)
+    assert logged['0'][:2] == pytest.approx(logged['0.1'][:2], rel=1e-5)  # AdamW's first update is the same whatever the gradient's size
+
+
 def test_an_update_that_found_inf_changes_nothing():
     model, twin = small(), small()
     optimizer, other = (m.configure_optimizers(0.1, 1e-2, (0.8, 0.95), 'cpu', optim='muon') for m in (model, twin))
