@@ -96,9 +96,13 @@ def test_sigusr1_saves_and_goes_on(args, tmp_path):
 
 
 def test_a_closed_terminal_ends_it_like_a_signal(args, tmp_path):
+    def at_a_terminal():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which tests under nohup would ignore
+
     ours, theirs = os.openpty()
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, 'train.py'), *args, '--out_dir=run'], cwd=tmp_path, stdin=theirs, stdout=theirs,
-                               stderr=theirs, start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+                               stderr=theirs, start_new_session=True, preexec_fn=at_a_terminal)
     os.close(theirs)
     seen = b''
     while b'iter 5:' not in seen:
