@@ -414,18 +414,18 @@ while True:
         loss_sum += loss.detach()
     scaler.unscale_(optimizer)
     grad_norm = distributed.whole(torch.nn.utils.get_total_norm([p.grad for p in raw_model.parameters() if p.grad is not None]))
-    # what isn't finite must not reach the weights: fused AdamW leaves them, its moments and its count of steps as they
-    # are where found_inf is 1, without the host having to know (a GradScaler sets it by itself)
     bad = (~grad_norm.isfinite()).float()
     bad_steps = (bad_steps + 1) * bad
     worst, skipped = torch.maximum(worst, bad_steps), skipped + bad
-    if not scaler.is_enabled():
-        distributed.inner(optimizer).found_inf = bad
-    if scaler.is_enabled() or device_type == 'mps':
+    if scaler.is_enabled() or device_type == 'mps':  # a GradScaler sets found_inf and grad_scale by itself, the kernel of mps looks at neither
         torch.nn.utils.clip_grads_with_norm_(raw_model.parameters(), grad_clip or math.inf, grad_norm)
-    else:  # clipped on the way into the update, which spares a pass over all gradients
+    else:
+        # what isn't finite must not reach the weights: fused AdamW leaves them, its moments and its count of steps as they
+        # are where found_inf is 1, without the host having to know; and it divides by grad_scale, which clips without a
+        # pass over all gradients
+        distributed.inner(optimizer).found_inf = bad
         distributed.inner(optimizer).grad_scale = (grad_norm / (grad_clip or math.inf)).clamp(min=1)
-    if device_type != 'mps' or not bad.item():  # whose kernel looks at neither
+    if device_type != 'mps' or not bad.item():
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
