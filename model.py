@@ -421,7 +421,7 @@ class GPT(nn.Module):
         The order of groups and parameters is nanoGPT's, so that optimizer states can be exchanged with it. With
         optim='muon' the blocks' matrices have a third group, with that momentum.
         """
-        from optimizers import LowMemoryAdamW, Muon  # here: optimizers.py needs torch.distributed, which sampling doesn't
+        from optimizers import AdamW, LowMemoryAdamW, Muon  # here: optimizers.py needs torch.distributed, which sampling doesn't
         params = [p for p in self.parameters() if p.requires_grad]
         matrices = [p for p in self.transformer.h.parameters() if p.dim() >= 2] if optim == 'muon' else []
         others = set(params) - set(matrices)
@@ -429,7 +429,7 @@ class GPT(nn.Module):
                   {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]  # biases and norms
         if matrices:
             groups.append({'params': matrices, 'weight_decay': weight_decay, 'momentum': momentum})
-        kind = Muon if matrices else LowMemoryAdamW if moments_dtype == 'bfloat16' else torch.optim.AdamW
+        kind = Muon if matrices else LowMemoryAdamW if moments_dtype == 'bfloat16' else AdamW
         # one kernel for all parameters where there is one
         return kind(groups, lr=learning_rate, betas=betas, fused=device_type in ('cuda', 'cpu', 'mps', 'xpu'))
 

@@ -1,16 +1,44 @@
 """
-Optimizers that torch doesn't have in this form. What train.py asks of fused AdamW they do, too: where found_inf is 1 an
-update changes nothing, without the host having to know.
+Optimizers that torch doesn't have in this form. Each does what fused AdamW does when train.py asks for it: where found_inf
+is 1 an update changes nothing, without the host having to know, and gradients are divided by grad_scale.
 """
 import math
 
 import torch
-from torch.optim.adamw import adamw
 
 from distributed import like, local, whole
 
 
-class LowMemoryAdamW(torch.optim.AdamW):
+def total_norm(parameters):
+    """The norm of all their gradients, as one vector: torch.nn.utils.get_total_norm with less around it, on a CPU 0.1 ms."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None])))
+
+
+class AdamW(torch.optim.AdamW):
+    """torch.optim.AdamW, always fused, with less around its kernel: on a CPU 0.1 ms of 12 for a step of the CPU recipe."""
+    moments_dtype = torch.float32
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            params = [p for p in group['params'] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p].update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p, dtype=self.moments_dtype),
+                                         exp_avg_sq=torch.zeros_like(p, dtype=self.moments_dtype))
+            if params:
+                self.update(group, params)
+
+    def update(self, group, params):
+        """Updates these parameters of a group, which have gradients."""
+        steps, exp_avgs, exp_avg_sqs = ([self.state[p][key] for p in params] for key in ('step', 'exp_avg', 'exp_avg_sq'))
+        bad, (beta1, beta2) = getattr(self, 'found_inf', None), group['betas']
+        torch._foreach_add_(steps, 1 if bad is None else 1 - bad)
+        torch._fused_adamw_(params, [p.grad for p in params], exp_avgs, exp_avg_sqs, [], steps, lr=group['lr'], beta1=beta1, beta2=beta2, eps=group['eps'],
+                            weight_decay=group['weight_decay'], amsgrad=False, maximize=False, grad_scale=getattr(self, 'grad_scale', None), found_inf=bad)
+
+
+class LowMemoryAdamW(AdamW):
     """AdamW with its moments in bfloat16: weight, gradient and moments are 12 bytes a parameter instead of 16.
 
     An update is computed in float32, a tensor at a time. bfloat16 moves in steps of 0.4 to 0.8 %, so the second moment
@@ -18,23 +46,17 @@ class LowMemoryAdamW(torch.optim.AdamW):
     """
     moments_dtype = torch.bfloat16
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in [p for p in group['params'] if p.grad is not None]:
-                state = self.state[p]
-                if not state:
-                    state.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p, dtype=self.moments_dtype),
-                                 exp_avg_sq=torch.zeros_like(p, dtype=self.moments_dtype))
-                m, v = state['exp_avg'].float(), state['exp_avg_sq'].float()
-                adamw([p], [p.grad], [m], [v], [], [state['step']], fused=group['fused'], amsgrad=False, beta1=group['betas'][0],
-                      beta2=group['betas'][1], lr=group['lr'], weight_decay=group['weight_decay'], eps=group['eps'], maximize=False,
-                      grad_scale=getattr(self, 'grad_scale', None), found_inf=getattr(self, 'found_inf', None))
-                state['exp_avg'].copy_(m)
-                state['exp_avg_sq'].copy_(v)
+    def update(self, group, params):
+        for p in params:
+            state = self.state[p]
+            moments = {key: state[key] for key in ('exp_avg', 'exp_avg_sq')}
+            state.update({key: moment.float() for key, moment in moments.items()})
+            super().update(group, [p])
+            for key, moment in moments.items():
+                state[key] = moment.copy_(state[key])
 
 
-class Muon(torch.optim.AdamW):
+class Muon(AdamW):
     """Muon for the groups that have a momentum, AdamW for the others. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
 
     A matrix moves by its gradient's momentum with all singular values made 1, nearly, times 0.2 sqrt(the longer side):

@@ -8,7 +8,7 @@ from conftest import FAST, ROOT, TINY, metrics, run, run_ranks
 
 import checkpoint
 from model import GPT, GPTConfig
-from optimizers import orthogonalize
+from optimizers import orthogonalize, total_norm
 
 
 def small(**options):
@@ -85,9 +85,26 @@ def test_a_run_clips_its_gradients(char_data, tmp_path):
     assert logged['0'][:2] == pytest.approx(logged['0.1'][:2], rel=1e-5)  # AdamW's first update is the same whatever the gradient's size
 
 
-def test_an_update_that_found_inf_changes_nothing():
+def test_adamw_and_total_norm_are_torchs():
+    ours, theirs = small(), small()
+    optimizer = ours.configure_optimizers(0.1, 1e-2, (0.8, 0.95), 'cpu')
+    torchs = torch.optim.AdamW([dict(params=[p for p in theirs.parameters() if (p.dim() == 2) == decays], weight_decay=0.1 * decays)
+                                for decays in (True, False)], lr=1e-2, betas=(0.8, 0.95), fused=True)
+    for made, expected in zip(updated(ours, optimizer), updated(theirs, torchs)):
+        assert torch.equal(made, expected)
+    torch.testing.assert_close(optimizer.state_dict()['state'], torchs.state_dict()['state'], rtol=0, atol=0)
+    assert total_norm(ours.parameters()) == torch.nn.utils.get_total_norm([p.grad for p in theirs.parameters()])
+    for p in ours.transformer.h.parameters():  # as if they took no part
+        p.grad = None
+    before = [p.detach().clone() for p in ours.transformer.h.parameters()]
+    optimizer.step()
+    assert all(map(torch.equal, before, ours.transformer.h.parameters())) and total_norm(ours.parameters()) > 0
+
+
+@pytest.mark.parametrize('options', [{}, dict(moments_dtype='bfloat16'), dict(optim='muon')])
+def test_an_update_that_found_inf_changes_nothing(options):
     model, twin = small(), small()
-    optimizer, other = (m.configure_optimizers(0.1, 1e-2, (0.8, 0.95), 'cpu', optim='muon') for m in (model, twin))
+    optimizer, other = (m.configure_optimizers(0.1, 1e-2, (0.8, 0.95), 'cpu', **options) for m in (model, twin))
     updated(model, optimizer), updated(twin, other)
     before = copy.deepcopy(optimizer.state_dict()['state']), [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():
