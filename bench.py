@@ -32,6 +32,7 @@ import torch
 import checkpoint
 import checks
 from model import GPT, GPTConfig
+from optimizers import total_norm
 from tokenizer import read_meta
 
 # what
@@ -87,8 +88,10 @@ if device_type == 'cpu' and what == 'train':
     checks.keep_freed_memory()
 torch.manual_seed(seed)
 torch.set_float32_matmul_precision('high')  # TF32 where the hardware has it
+if compile and device_type == 'cpu' and what == 'train':
+    torch.use_deterministic_algorithms(True)  # as train.py does
 ptdtype = getattr(torch, dtype)
-ctx = nullcontext() if dtype == 'float32' or sampling else torch.autocast(device_type, dtype=ptdtype)
+ctx = nullcontext() if dtype == 'float32' or sampling else torch.autocast(device_type, dtype=ptdtype, cache_enabled=False)
 
 data_dir = checks.locate_data(dataset)
 meta = read_meta(data_dir) if data_dir else None
@@ -140,8 +143,14 @@ def get_batch(starts):
 
 def data_work():
     """One batch, drawn and gathered as train.py does."""
-    iterations = itertools.count()
-    return lambda: get_batch(np.random.Philox(key=seed, counter=[0, 0, 0, next(iterations)]).random_raw(batch_size) % len(windows))
+    philox, iterations = np.random.Philox(key=seed), itertools.count()
+    state = philox.state
+
+    def work():
+        state['state']['counter'][3] = next(iterations)
+        philox.state = state
+        return get_batch(philox.random_raw(batch_size) % len(windows))
+    return work
 
 
 def slices_work():
@@ -165,11 +174,11 @@ def train_work(model, loss_of):
             loss = loss_of(run, *batch())
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        grad_norm = total_norm(model.parameters())
         if scaler.is_enabled() or device_type == 'mps':
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, grad_norm)
         else:
-            optimizer.grad_scale = grad_norm.clamp(min=1)
+            optimizer.found_inf, optimizer.grad_scale = (~grad_norm.isfinite()).float(), grad_norm.clamp(min=1)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
