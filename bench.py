@@ -174,7 +174,7 @@ def train_work(model, loss_of):
             loss = loss_of(run, *batch())
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        grad_norm = total_norm(model.parameters())
+        grad_norm = total_norm(optimizer)
         if scaler.is_enabled() or device_type == 'mps':
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, grad_norm)
         else:

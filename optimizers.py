@@ -9,9 +9,11 @@ import torch
 from distributed import like, local, whole
 
 
-def total_norm(parameters):
-    """The norm of all their gradients, as one vector: torch.nn.utils.get_total_norm with less around it, on a CPU 0.1 ms."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None])))
+def total_norm(optimizer):
+    """The norm of all gradients as one vector: torch.nn.utils.get_total_norm with less around it, 0.2 ms on a CPU."""
+    # from its groups: model.parameters() walks through all modules, for 0.1 ms
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for group in optimizer.param_groups for p in group['params']
+                                                                     if p.grad is not None])))
 
 
 class AdamW(torch.optim.AdamW):

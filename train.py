@@ -419,7 +419,7 @@ while True:
             scaler.scale(loss / micro_steps * (1 + 0 * loss.detach())).backward()
         loss_sum += loss.detach()
     scaler.unscale_(optimizer)
-    grad_norm = distributed.whole(total_norm(raw_model.parameters()))
+    grad_norm = distributed.whole(total_norm(optimizer))
     bad = (~grad_norm.isfinite()).float()
     bad_steps = (bad_steps + 1) * bad
     worst, skipped = torch.maximum(worst, bad_steps), skipped + bad
