@@ -210,7 +210,7 @@ def choose_compile(compile, device_type):
         return compile, 'as asked'
     if device_type == 'cuda' and importlib.util.find_spec('triton'):
         return True, 'it pays on CUDA'
-    return False, 'on CPUs it gains a tenth at most, after half a minute' if device_type == 'cpu' else 'auto compiles only on CUDA'
+    return False, 'on CPUs it gains a seventh at most, after half a minute' if device_type == 'cpu' else 'auto compiles only on CUDA'
 
 
 # dense matmul rate with 16-bit inputs and float32 accumulation, FLOP/s, from the makers' datasheets; the first whose
