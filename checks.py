@@ -279,7 +279,7 @@ def open_bin(path, block_size, vocab_size, meta=None):
 def forget_pages(tokens):
     """Unmaps what was read of an open_bin: else all of it counts as this process's memory in time, though it is the system's cache.
 
-    For 40 to 200 us, so once in a while.
+    For 40 to 200 us after one iteration, so once in a while.
     """
     if hasattr(tokens._mmap, 'madvise'):
         tokens._mmap.madvise(mmap.MADV_DONTNEED)

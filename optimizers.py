@@ -10,14 +10,14 @@ from distributed import like, local, whole
 
 
 def total_norm(optimizer):
-    """The norm of all gradients as one vector: torch.nn.utils.get_total_norm with less around it, 0.2 ms on a CPU."""
+    """The norm of all gradients as one vector, of which there must be one; torch.nn.utils.get_total_norm takes 0.2 ms longer on a CPU."""
     # from its groups: model.parameters() walks through all modules, for 0.1 ms
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for group in optimizer.param_groups for p in group['params']
                                                                      if p.grad is not None])))
 
 
 class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW, always fused, with less around its kernel: on a CPU 0.1 ms of 12 for a step of the CPU recipe."""
+    """torch.optim.AdamW, always fused and without a closure; torch's takes 0.1 ms longer around its kernel, of 12 for a step of the CPU recipe."""
     moments_dtype = torch.float32
 
     @torch.no_grad()

@@ -63,6 +63,9 @@ def batches(data, world_size=1, rank=0, accumulation=4, batch_size=3, block_size
 def test_batches_are_a_function_of_seed_and_iteration(data_order):
     data = np.arange(100, dtype=np.uint16)
     one = batches(data, data_order=data_order)
+    if data_order == 'random':  # the draw of the counter-based generator that checkpoints of any age count on
+        raw = np.random.Philox(key=1337, counter=[0, 0, 0, 7]).random_raw(12)
+        assert torch.cat([one[7, m][0][:, 0] for m in range(4)]).tolist() == (raw % 92).tolist()
     for (it, m), (x, y) in one.items():
         assert x.shape == y.shape == (3, 8) and x.dtype == torch.int64
         assert torch.equal(x + 1, y) and torch.equal(x, x[:, :1] + torch.arange(8))  # targets are the next tokens
