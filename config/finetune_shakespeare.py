@@ -1,4 +1,4 @@
-# finetunes GPT-2 XL on Shakespeare: a smaller one fits smaller machines, --init_from=gpt2
+# finetunes GPT-2 XL on Shakespeare; on a smaller machine use a smaller model: --init_from=gpt2
 import time
 
 out_dir = 'out-shakespeare'
@@ -10,13 +10,14 @@ wandb_run_name = 'ft-' + str(time.time())
 
 dataset = 'shakespeare'
 init_from = 'gpt2-xl'
-always_save_checkpoint = False  # it overfits within an epoch or three
+always_save_checkpoint = False  # the model overfits within one to three epochs
 
-# 1 sequence x 32 micro-batches x 1,024 tokens = 32,768 tokens/iter; the 301,966 tokens are an epoch of 9.2 iterations
+# 1 sequence x 32 micro-batches x 1,024 tokens = 32,768 tokens/iter;
+# the dataset has 301,966 tokens, so an epoch is 9.2 iterations
 batch_size = 1
 gradient_accumulation_steps = 32
 max_iters = 20
 
-# GPT-2 ended its training on a low rate: stay there
+# GPT-2's own training ended at a low learning rate: keep it low
 learning_rate = 3e-5
 decay_lr = False

@@ -1,7 +1,8 @@
-# the small character model of Shakespeare that nanoGPT's README recommends for CPUs: val loss 1.88 in about a minute on 2 cores
+# trains the small character model on Shakespeare that nanoGPT's README recommends for CPUs:
+# val loss 1.88 in about a minute on 2 cores
 out_dir = 'out-shakespeare-char-cpu'
 eval_interval = 250
-eval_iters = 20  # x 12 x 64 = 15,360 tokens of either split
+eval_iters = 20  # x 12 x 64 = 15,360 tokens of each split
 log_interval = 100
 always_save_checkpoint = False
 
@@ -19,5 +20,5 @@ learning_rate = 1e-3
 max_iters = 2000
 lr_decay_iters = 2000  # = max_iters
 min_lr = 1e-4  # learning_rate / 10
-beta2 = 0.99  # an iteration has few tokens, so average over more of them
+beta2 = 0.99  # an iteration has few tokens, so average over more iterations
 warmup_iters = 100

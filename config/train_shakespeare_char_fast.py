@@ -1,4 +1,5 @@
-# train_shakespeare_char_cpu.py's size and data, with what the field has learned since, to its val loss in a fraction of its time
+# trains a model of train_shakespeare_char_cpu.py's size on the same data, with newer options
+# (RoPE, QK-norm, ReLU^2, Muon, WSD): it reaches the same val loss in a fraction of the time
 out_dir = 'out-shakespeare-char-fast'
 eval_interval = 40
 eval_iters = 0  # the whole val split
@@ -11,13 +12,13 @@ gradient_accumulation_steps = 1
 batch_size = 32
 block_size = 64  # 32 x 64 = 2,048 tokens/iter: the run sees a sixth of an epoch
 
-# 0.76M parameters: more of them are looked up (bigrams: 65 x 66 pairs have a row each), fewer multiplied with
+# 0.76M parameters: more of them are in lookup tables and fewer in matrix multiplications
 n_layer = 3
 n_head = 2
 n_embd = 96
-bigrams = 4290
+bigrams = 4290  # 65 x 66 pairs of characters, one row each
 embd_conv = 2
-rope_base = 100.0  # wavelengths for 64 tokens, not thousands
+rope_base = 100.0  # wavelengths for 64 tokens, not for thousands
 qk_norm = True
 relu2 = True
 tied = False

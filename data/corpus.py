@@ -1,26 +1,29 @@
 """
-What the prepare scripts share: where a text comes from, and how token ids become train.bin, val.bin and meta.pkl.
+What the prepare scripts share: getting a text, and writing its token ids as a dataset's files.
 """
 import hashlib
 import http.client
 import os
 import pickle
-import sys
 import time
 import urllib.request
 
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
-from checks import REPO, check_ranges, fail, make_folder, read_text, shown  # noqa: F401, for the prepare scripts too
+from runtime.console import ROOT, fail, make_folder, short_path
+from runtime.tokenizer import read_text
 
-SHAKESPEARE_URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+SHAKESPEARE_URL = (
+    'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt')
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 
 
 def read_shakespeare(input_file, folder):
-    """Tiny Shakespeare: input_file if given, else input.txt in the folder, else downloaded to there."""
+    """The text of tiny Shakespeare, from input_file, or from the folder's input.txt if it is ''.
+
+    input.txt is downloaded if it isn't there.
+    """
     path = os.path.join(folder, 'input.txt')
     if not input_file and not os.path.exists(path):
         download(SHAKESPEARE_URL, SHAKESPEARE_SHA256, path)
@@ -28,71 +31,94 @@ def read_shakespeare(input_file, folder):
 
 
 def download(url, sha256, path, tries=3, timeout=30):
-    """Fetches url to path, whole and with the right SHA-256, or not at all."""
-    for wait in [2 ** n for n in range(tries - 1)] + [None]:
+    """Downloads a file to path. Nothing is written if the download or the SHA-256 check fails."""
+    for attempt in range(tries):
         try:
-            with urllib.request.urlopen(url, timeout=timeout) as response, \
-                    tqdm(total=response.length, unit='B', unit_scale=True, desc=os.path.basename(path), leave=False, disable=None) as bar:
-                content = b''
-                while piece := response.read(2 ** 16):
-                    content += piece
-                    bar.update(len(piece))
+            content = fetch(url, os.path.basename(path), timeout)
             break
-        except (OSError, http.client.HTTPException) as e:  # URLError, timeouts and resets are OSErrors
-            if wait is None:
-                fail(f'{url} could not be downloaded ({e})', f'without a network, put the file there yourself as {path}, name it with --input=FILE, '
-                     'or take the dataset that needs none: python data/python_char/prepare.py')
-            time.sleep(wait)
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        fail(f'{url} gave a file with SHA-256 {found}, not {sha256}', 'try again later; nothing was kept')
-    write_aside(path, content)
+        except (OSError, http.client.HTTPException) as e:  # also URLError, timeouts and resets
+            if attempt == tries - 1:
+                fail(f'{url} could not be downloaded ({e})',
+                     f'without a network, save the file as {path}, name it with --input=FILE, or '
+                     'use the dataset that needs no download: python data/python_char/prepare.py')
+            time.sleep(2 ** attempt)
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != sha256:
+        fail(f'the file from {url} has the SHA-256 {digest}, not {sha256}',
+             'try again later; the file was not saved')
+    write_atomically(path, content)
 
 
-def write_aside(path, content):
-    """Writes bytes to path under another name first, so that what is at path is always whole."""
+def fetch(url, name, timeout):
+    """The bytes at url, read with a progress bar that shows the name."""
+    content = b''
+    with urllib.request.urlopen(url, timeout=timeout) as response:
+        with tqdm(total=response.length, unit='B', unit_scale=True, desc=name, leave=False,
+                  disable=None) as bar:
+            while piece := response.read(2 ** 16):
+                content += piece
+                bar.update(len(piece))
+    return content
+
+
+def write_atomically(path, content):
+    """Writes bytes to a temporary file and renames it to path, so path is never incomplete."""
     with open(path + '.tmp', 'wb') as f:
         f.write(content)
     os.replace(path + '.tmp', path)
 
 
-def char_table(text):
-    """meta.pkl's tables for a text: one id per character it has, in the order of their code points."""
+def make_meta(text):
+    """meta.pkl for a text: one id for each character in it, in the order of their code points."""
     chars = sorted(set(text))
-    wide = {'dtype': 'uint32'} if len(chars) > 2 ** 16 else {}  # of the bins; without it they are uint16
-    return {'vocab_size': len(chars), 'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}, **wide}
+    meta = {
+        'vocab_size': len(chars),
+        'itos': dict(enumerate(chars)),
+        'stoi': {c: i for i, c in enumerate(chars)},
+    }
+    if len(chars) > 2 ** 16:
+        meta['dtype'] = 'uint32'  # of the ids in the bins; they are uint16 without this key
+    return meta
 
 
 def encode_chars(text, meta):
-    """The text's ids, an array of whole numbers."""
-    codes = np.frombuffer(text.encode('utf-32-le'), dtype=np.uint32)  # a code point each
+    """The ids of the text's characters, an integer array."""
+    codes = np.frombuffer(text.encode('utf-32-le'), dtype=np.uint32)  # one code point each
     table = np.zeros(max(map(ord, meta['stoi'])) + 1, dtype=np.int64)
     table[[ord(c) for c in meta['stoi']]] = list(meta['stoi'].values())
     return table[codes]
 
 
-def write_splits(folder, train_ids, val_ids, meta, started, then):
-    """Writes train.bin, val.bin and, with a meta, meta.pkl to the folder, and prints what they hold and train.py's arguments for them."""
+def write_splits(folder, train_ids, val_ids, meta, start_time, train_args):
+    """Writes train.bin, val.bin and meta.pkl to the folder, and prints a summary.
+
+    meta is None for GPT-2's BPE, which has no meta.pkl. train_args are the arguments of train.py
+    that train on this dataset.
+    """
     if min(len(train_ids), len(val_ids)) == 0:
-        fail(f'the text gives {len(train_ids)} training and {len(val_ids)} validation tokens', 'use a longer text')
+        fail(f'the text gives {len(train_ids)} training and {len(val_ids)} validation tokens',
+             'use a longer text')
     make_folder(folder)
     meta_path = os.path.join(folder, 'meta.pkl')
+    dtype = '<u2'
     if meta:
-        write_aside(meta_path, pickle.dumps(meta))
+        write_atomically(meta_path, pickle.dumps(meta))
+        if meta.get('dtype') == 'uint32':
+            dtype = '<u4'
     elif os.path.exists(meta_path):
-        os.remove(meta_path)  # of a character dataset that was here before
+        os.remove(meta_path)  # from an earlier dataset of characters in this folder
     for split, ids in (('train', train_ids), ('val', val_ids)):
-        content = np.asarray(ids).astype('<u4' if (meta or {}).get('dtype') == 'uint32' else '<u2').tobytes()
-        write_aside(os.path.join(folder, f'{split}.bin'), content)
+        content = np.asarray(ids).astype(dtype).tobytes()
+        write_atomically(os.path.join(folder, f'{split}.bin'), content)
         print(f'{split}.bin: {len(ids):,} tokens, {len(content):,} bytes')
     if meta:
         print(f'vocabulary: {meta["vocab_size"]} characters: {"".join(meta["stoi"])!r}')
     else:
         print('vocabulary: GPT-2 BPE, 50,257 tokens')
-    print(f'written to {shown(folder)} in {time.time() - started:.1f} s')
-    print_next(then)
+    print(f'written to {short_path(folder)} in {time.time() - start_time:.1f} s')
+    print_next_step(train_args)
 
 
-def print_next(then):
-    """Says how to train on it: train.py's arguments."""
-    print(f'train on it: python {shown(os.path.join(REPO, "train.py"))} {then}')
+def print_next_step(train_args):
+    """Prints the command that trains on the dataset."""
+    print(f'train on it: python {short_path(os.path.join(ROOT, "train.py"))} {train_args}')

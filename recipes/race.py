@@ -1,11 +1,18 @@
 """
-The faithful CPU recipe against the fast one, at three lengths, one run after the other. Five minutes on 2 cores.
+Compares nanoGPT's CPU recipe with the fast recipe, at three lengths: a table, and race.png.
 
     python recipes/race.py [FOLDER [PLAIN]]
 
-It needs data/shakespeare_char. FOLDER (out-race) takes the runs and race.png. PLAIN is a script whose `learn --data=DIR` trains the plain way and prints
-JSON with seconds and val_loss: then its seconds count. A loss is that of the whole val split, in windows of 64 tokens,
-seconds are those of training alone. The last line is JSON. Run nothing beside it.
+It needs data/shakespeare_char, and takes five minutes on 2 CPU cores. The runs are one after the
+other; run nothing else at the same time. FOLDER is where the runs and race.png are written
+(out-race).
+
+PLAIN is a script that trains nanoGPT's recipe in plain PyTorch, as the baseline for the seconds.
+`PLAIN learn --data=DIR` must print JSON with iters, seconds and val_loss as its last line. Without
+it nanoGPT's recipe in train.py is the baseline.
+
+A val loss is the mean over the whole val split, in windows of 64 tokens. Seconds count only the
+training. The last line is JSON.
 """
 import json
 import os
@@ -15,47 +22,68 @@ import sys
 
 from matplotlib.figure import Figure
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), '..')
-sys.path.insert(0, ROOT)
-from plot import positions, read_metrics  # noqa: E402
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
+from plot import positions, read_metrics
+from runtime.console import ROOT
 
-LENGTHS = (80, 140, 1100)  # iterations; the last are a little less than the faithful one's 2,000 take
+LENGTHS = (80, 140, 1100)  # iterations; 1,100 take a little less time than nanoGPT's 2,000
 
 
-def train(name, config, *args):
-    """(name, iterations, seconds, val loss) of a run of train.py."""
+def train(name, config, *flags):
+    """Runs train.py in the folder of this name; returns a row of the table."""
     print(f'training {name}', file=sys.stderr)
     out_dir = os.path.join(folder, name)
     shutil.rmtree(out_dir, ignore_errors=True)
-    run = subprocess.run([sys.executable, 'train.py', f'config/{config}.py', *args, '--eval_iters=0', '--log_interval=10', f'--out_dir={out_dir}'],
-                         cwd=ROOT, stdout=subprocess.DEVNULL)
+    command = [sys.executable, 'train.py', f'config/{config}.py', *flags, '--eval_iters=0',
+               '--log_interval=10', f'--out_dir={out_dir}']
+    run = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     if run.returncode:
-        sys.exit(run.returncode)  # it has said why
+        sys.exit(run.returncode)  # train.py has printed what is wrong
     iterations, evaluations = read_metrics(out_dir)
-    return name, evaluations[-1]['iter'], round(positions(evaluations, iterations, 'seconds')[-1], 2), round(evaluations[-1]['val/loss'], 4)
+    last = evaluations[-1]
+    seconds = positions(evaluations, iterations, 'seconds')[-1]
+    return name, last['iter'], round(seconds, 2), round(last['val/loss'], 4)
+
+
+def run_plain(script):
+    """Runs the script PLAIN; returns a row of the table."""
+    data_dir = os.path.join(ROOT, 'data', 'shakespeare_char')
+    command = [sys.executable, script, 'learn', f'--data={data_dir}']
+    run = subprocess.run(command, check=True, capture_output=True, text=True)
+    result = json.loads(run.stdout.splitlines()[-1])
+    return 'plain', result['iters'], round(result['seconds'], 2), result['val_loss']
+
+
+def draw(names):
+    """Draws the val losses of the runs against seconds and against tokens, as race.png."""
+    figure = Figure(figsize=(11, 4.5), layout='constrained')
+    for panel, x in zip(figure.subplots(1, 2, sharey=True), ('seconds', 'tokens')):
+        for name in names:
+            iterations, evaluations = read_metrics(os.path.join(folder, name))
+            losses = [e['val/loss'] for e in evaluations]
+            panel.plot(positions(evaluations, iterations, x), losses, '.-', label=name)
+        panel.set(title='val loss (nats per token)', xlabel=f'{x} of training', ylim=(1.4, 2.6))
+        panel.grid(alpha=0.3)
+    panel.legend()
+    figure.savefig(os.path.join(folder, 'race.png'), dpi=100)
 
 
 if {'-h', '--help'} & set(sys.argv):
-    sys.exit(print(__doc__))
+    print(__doc__)
+    sys.exit()
 folder = os.path.abspath(sys.argv[1] if len(sys.argv) > 1 else 'out-race')
 rows = []
 if len(sys.argv) > 2:
-    out = subprocess.run([sys.executable, sys.argv[2], 'learn', f'--data={ROOT}/data/shakespeare_char'], check=True, capture_output=True, text=True)
-    plain = json.loads(out.stdout.splitlines()[-1])
-    rows.append(('plain', plain['iters'], round(plain['seconds'], 2), plain['val_loss']))
-rows.append(train('faithful', 'train_shakespeare_char_cpu'))
-rows.extend(train(f'fast-{n}', 'train_shakespeare_char_fast', f'--max_iters={n}', f'--lr_decay_iters={n}') for n in LENGTHS)
-whole = rows[0][2]
-print('| recipe | iterations | seconds | of the first one\'s | val loss |\n| --- | --- | --- | --- | --- |')
+    rows.append(run_plain(sys.argv[2]))
+runs = [train('nanogpt-recipe', 'train_shakespeare_char_cpu')]
+for n in LENGTHS:
+    runs.append(train(f'fast-{n}', 'train_shakespeare_char_fast', f'--max_iters={n}',
+                      f'--lr_decay_iters={n}'))
+rows += runs
+baseline_seconds = rows[0][2]
+print('| recipe | iterations | seconds | time relative to baseline | val loss |')
+print('| --- | --- | --- | --- | --- |')
 for name, iters, seconds, loss in rows:
-    print(f'| {name} | {iters} | {seconds} | {seconds / whole:.1%} | {loss} |')
-figure = Figure(figsize=(11, 4.5), layout='constrained')
-for panel, x in zip(figure.subplots(1, 2, sharey=True), ('seconds', 'tokens')):
-    for name, *_ in rows[len(sys.argv) > 2:]:
-        iterations, evaluations = read_metrics(os.path.join(folder, name))
-        panel.plot(positions(evaluations, iterations, x), [e['val/loss'] for e in evaluations], '.-', label=name)
-    panel.set(title='val loss, nats a token', xlabel=f'{x} of training', ylim=(1.4, 2.6))
-    panel.grid(alpha=0.3)
-panel.legend()
-figure.savefig(os.path.join(folder, 'race.png'), dpi=100)
+    print(f'| {name} | {iters} | {seconds} | {seconds / baseline_seconds:.1%} | {loss} |')
+draw([run[0] for run in runs])
 print(json.dumps(dict(rows=rows)))

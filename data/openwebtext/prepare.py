@@ -1,8 +1,10 @@
 """
-OpenWebText in GPT-2's BPE: 54 GB of text, 9.0B training tokens (17 GB), and as much again twice over for the cache.
+OpenWebText in GPT-2's BPE: 54 GB of text, 9.0B training tokens (17 GB), about 100 GB of free disk.
 
     python data/openwebtext/prepare.py
     python data/openwebtext/prepare.py --input='crawl/*.parquet'
+
+Blank lines separate the documents of a .txt file. The others have a column text.
 """
 import glob
 import math
@@ -10,78 +12,108 @@ import os
 import sys
 import time
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # data/
+sys.path.insert(0, os.path.dirname(sys.path[0]))  # the repository's root
 import corpus
 
-from tokenizer import END_OF_TEXT, GPT2Tokenizer
+from runtime import settings
+from runtime.console import ROOT, fail, make_folder, short_path
+from runtime.tokenizer import END_OF_TEXT, GPT2Tokenizer
 
-# text
-input = ''  # files in its place, as a glob: .parquet, .jsonl (column text) or .txt (documents between blank lines), also .gz
-num_proc = 0  # processes to tokenize with; 0: one per core
-part = 125_000  # documents tokenized at a time: what a stopped run keeps is whole parts
-out_dir = ''  # where train.bin and val.bin go; '': this folder
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..', 'configurator.py'), encoding='utf-8').read())
+# input and output
+input = ''  # your own files instead, as a glob: .parquet, .jsonl or .txt, also with .gz
+num_proc = 0  # processes that tokenize; 0: one per core
+part = 125_000  # documents in a part; a stopped run resumes after the last finished part
+out_dir = ''  # where train.bin and val.bin are written; '': this folder
+exec(open(os.path.join(ROOT, 'configurator.py'), encoding='utf-8').read())
+
+BUILDERS = {'.parquet': 'parquet', '.jsonl': 'json', '.txt': 'text'}  # of the package datasets
 
 bpe = GPT2Tokenizer().bpe
 end_of_text = bpe.encode_single_token(END_OF_TEXT)
 
 
 def tokenize(batch):
-    """Ids of each document, ended by <|endoftext|>."""
+    """The token ids of each document, with <|endoftext|> at its end."""
     return {'ids': [bpe.encode_ordinary(text) + [end_of_text] for text in batch['text']]}
 
 
 def load_documents():
-    """The dataset of all documents, one column of text; datasets keeps it on disk and maps it into memory."""
-    import datasets
+    """A dataset of all documents with one column, text. It is on disk, mapped into memory."""
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     if not input:
         try:
-            return datasets.load_dataset('Skylion007/openwebtext', split='train', num_proc=processes)
-        except Exception as e:  # network, hub and disk errors have no common base
-            corpus.fail(f'OpenWebText could not be fetched from the Hugging Face hub ({type(e).__name__})',
-                        'without a network, name files of yours with --input=GLOB, '
-                        'or take the dataset that needs none: python data/python_char/prepare.py')
+            return datasets.load_dataset('Skylion007/openwebtext', split='train',
+                                         num_proc=processes)
+        except Exception as e:  # network, hub and disk errors have no common base class
+            fail(f'OpenWebText could not be fetched from the Hugging Face hub '
+                 f'({type(e).__name__})',
+                 'without a network, name files of your own with --input=GLOB, or use the '
+                 'dataset that needs no download: python data/python_char/prepare.py')
     files = sorted(glob.glob(input, recursive=True))
-    kinds = {os.path.splitext(f.removesuffix('.gz'))[1] for f in files}
-    builder = {'.parquet': 'parquet', '.jsonl': 'json', '.txt': 'text'}.get(*kinds or {''}) if len(kinds) < 2 else None
-    if not builder:
-        corpus.fail(f'--input={input} matches {len(files)} files of kind {" ".join(sorted(kinds)) or "none"}',
-                    'name files of one kind: .parquet, .jsonl or .txt, which may end in .gz')
-    documents = datasets.load_dataset(builder, data_files=files, split='train', **({'sample_by': 'paragraph'} if builder == 'text' else {}))
+    kinds = sorted({os.path.splitext(f.removesuffix('.gz'))[1] for f in files})
+    if len(kinds) != 1 or kinds[0] not in BUILDERS:
+        fail(f'--input={input} matches {len(files)} files of kind {" ".join(kinds) or "none"}',
+             'name files of one kind: .parquet, .jsonl or .txt, which may end in .gz')
+    builder = BUILDERS[kinds[0]]
+    options = {'sample_by': 'paragraph'} if builder == 'text' else {}
+    documents = datasets.load_dataset(builder, data_files=files, split='train', **options)
     if 'text' not in documents.column_names:
-        corpus.fail(f'{files[0]} has no column text, only {", ".join(documents.column_names)}', 'rename the column')
+        columns = ', '.join(documents.column_names)
+        fail(f'{files[0]} has no column text, only {columns}', 'rename the column')
     return documents
 
 
+def tokenize_parts(documents, name):
+    """Tokenizes the documents part by part; datasets caches each part that is finished."""
+    num_parts = math.ceil(len(documents) / part)
+    parts = []
+    for i in range(num_parts):
+        shard = documents.shard(num_parts, i, contiguous=True)
+        parts.append(shard.map(
+            tokenize, batched=True, remove_columns=documents.column_names, num_proc=processes,
+            features=datasets.Features({'ids': datasets.List(datasets.Value('uint16'))}),
+            desc=f'tokenizing, part {i + 1} of {num_parts} of {name}'))
+    return datasets.concatenate_datasets(parts)
+
+
+def write_bin(path, tokenized):
+    """Writes all token ids to path, and returns how many. path is never incomplete."""
+    num_tokens = 0
+    tables = tokenized.with_format('arrow').iter(1000)
+    description = f'writing {os.path.basename(path)}'
+    with open(path + '.tmp', 'wb') as f:
+        for table in tqdm(tables, desc=description, unit='kdoc', disable=None):
+            ids = table['ids'].combine_chunks().flatten().to_numpy()
+            ids.astype('<u2').tofile(f)
+            num_tokens += len(ids)
+    os.replace(path + '.tmp', path)
+    return num_tokens
+
+
 if __name__ == '__main__':  # worker processes may import this file again
-    import datasets
+    import datasets  # here, as it takes long: --help and mistakes in flags shouldn't wait for it
     from tqdm import tqdm
-    started = time.time()
-    corpus.check_ranges(config)
+    start_time = time.time()
+    settings.check(config)
     processes = num_proc or os.cpu_count()
     folder = out_dir or os.path.dirname(os.path.abspath(__file__))
-    corpus.make_folder(folder)
+    make_folder(folder)
     documents = load_documents()
     if len(documents) < 2:
-        corpus.fail(f'{input} has {len(documents)} documents', 'at least two are needed, one for either split')
+        fail(f'{input} has {len(documents)} documents',
+             'at least two are needed, one for each split')
     splits = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     for split, name in (('train', 'train'), ('test', 'val')):
-        # datasets caches each part: run again, this goes on where it was stopped
-        parts = math.ceil(len(splits[split]) / part)
-        tokenized = datasets.concatenate_datasets([
-            splits[split].shard(parts, i, contiguous=True).map(
-                tokenize, batched=True, remove_columns=documents.column_names, num_proc=processes, desc=f'tokenizing, part {i + 1} of {parts} of {name}',
-                features=datasets.Features({'ids': datasets.List(datasets.Value('uint16'))})) for i in range(parts)])
-        path, tokens = os.path.join(folder, f'{name}.bin'), 0
-        with open(path + '.tmp', 'wb') as f:
-            for table in tqdm(tokenized.with_format('arrow').iter(1000), desc=f'writing {name}.bin', unit='kdoc', disable=None):
-                ids = table['ids'].combine_chunks().flatten().to_numpy()
-                ids.astype('<u2').tofile(f)
-                tokens += len(ids)
-        os.replace(path + '.tmp', path)
-        print(f'{name}.bin: {len(splits[split]):,} documents, {tokens:,} tokens, {2 * tokens:,} bytes')
+        tokenized = tokenize_parts(splits[split], name)
+        num_tokens = write_bin(os.path.join(folder, f'{name}.bin'), tokenized)
+        print(f'{name}.bin: {len(splits[split]):,} documents, {num_tokens:,} tokens, '
+              f'{2 * num_tokens:,} bytes')
     print('vocabulary: GPT-2 BPE, 50,257 tokens')
-    print(f'written to {corpus.shown(folder)} in {time.time() - started:.1f} s by {processes} processes')
-    corpus.print_next('config/train_gpt2.py' + (f' --dataset={out_dir}' if out_dir else ''))
+    seconds = time.time() - start_time
+    print(f'written to {short_path(folder)} in {seconds:.1f} s by {processes} processes')
+    train_args = 'config/train_gpt2.py'
+    if out_dir:
+        train_args += f' --dataset={out_dir}'
+    corpus.print_next_step(train_args)

@@ -1,5 +1,5 @@
 """
-Python's own standard library by characters: about 10 MB of source code, nothing to download, seconds to prepare.
+Python's standard library by characters: about 10 MB of code, no download, seconds to prepare.
 """
 import hashlib
 import os
@@ -8,41 +8,63 @@ import sys
 import sysconfig
 import time
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # data/
+sys.path.insert(0, os.path.dirname(sys.path[0]))  # the repository's root
 import corpus
 
-# text
-max_bytes = 10_000_000  # stop after the file that passes this size
-out_dir = ''  # where train.bin and val.bin go; '': this folder
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..', 'configurator.py'), encoding='utf-8').read())
+from runtime import settings
+from runtime.console import ROOT
 
-LEFT_OUT = {'test', 'tests', 'idle_test', 'idlelib', 'site-packages', 'dist-packages', 'lib2to3', '__pycache__'}
+# input and output
+max_bytes = 10_000_000  # stop after the file that passes this size
+out_dir = ''  # where train.bin and val.bin are written; '': this folder
+exec(open(os.path.join(ROOT, 'configurator.py'), encoding='utf-8').read())
+
+SKIPPED_FOLDERS = {'test', 'tests', 'idle_test', 'idlelib', 'site-packages', 'dist-packages',
+                   'lib2to3', '__pycache__'}
 PRINTABLE = set(string.printable) - set('\r\x0b\x0c')
 
-started = time.time()
-corpus.check_ranges(config)
-splits, size, files = {'train': [], 'val': []}, 0, 0
-root = sysconfig.get_paths()['stdlib']
-for place, dirs, names in os.walk(root):
-    dirs[:] = sorted(d for d in dirs if d not in LEFT_OUT and not d.startswith('config-'))  # the walk goes on in this order, on every machine
+start_time = time.time()
+settings.check(config)
+texts = {'train': [], 'val': []}
+num_files = 0
+size = 0
+library = sysconfig.get_paths()['stdlib']
+for folder, dirs, names in os.walk(library):
+    dirs[:] = [d for d in dirs if d not in SKIPPED_FOLDERS and not d.startswith('config-')]
+    dirs.sort()  # os.walk follows this order, so it is the same on every machine
     for name in sorted(names):
-        if not name.endswith('.py') or name.startswith('_sysconfigdata') or size > max_bytes:  # that one is the machine's own
+        if size > max_bytes or not name.endswith('.py'):
             continue
-        path = os.path.join(place, name)
+        if name.startswith('_sysconfigdata'):  # it describes this machine
+            continue
+        path = os.path.join(folder, name)
         try:
-            with open(path, encoding='ascii') as f:  # line ends become \n
+            with open(path, encoding='ascii') as f:  # every line end becomes \n
                 text = f.read()
         except UnicodeDecodeError:
             continue
         if not text or set(text) - PRINTABLE:
             continue
-        # whole files go to either split, by the hash of their name: one in ten is for validation
-        where = os.path.relpath(path, root).replace(os.sep, '/')
-        split = 'val' if int(hashlib.sha256(where.encode()).hexdigest(), 16) % 10 == 0 else 'train'
-        splits[split].append(text if text.endswith('\n') else text + '\n')
-        size, files = size + len(text), files + 1
-train, val = ''.join(splits['train']), ''.join(splits['val'])
-print(f'text: {files} files, {len(train) + len(val):,} characters of Python {sys.version.split()[0]}')
-meta = corpus.char_table(train + val)
-corpus.write_splits(out_dir or os.path.dirname(os.path.abspath(__file__)), corpus.encode_chars(train, meta), corpus.encode_chars(val, meta), meta, started,
-                    'config/train_python_char.py' + (f' --dataset={out_dir}' if out_dir else ''))
+        num_files += 1
+        size += len(text)
+        if not text.endswith('\n'):
+            text += '\n'
+        # the hash of its path puts a whole file into one split: one file in ten is for validation
+        relative_path = os.path.relpath(path, library).replace(os.sep, '/')
+        digest = hashlib.sha256(relative_path.encode()).hexdigest()
+        split = 'val' if int(digest, 16) % 10 == 0 else 'train'
+        texts[split].append(text)
+train_text = ''.join(texts['train'])
+val_text = ''.join(texts['val'])
+num_chars = len(train_text) + len(val_text)
+version = sys.version.split()[0]
+print(f'text: {num_files} files, {num_chars:,} characters of Python {version}')
+meta = corpus.make_meta(train_text + val_text)
+train_ids = corpus.encode_chars(train_text, meta)
+val_ids = corpus.encode_chars(val_text, meta)
+train_args = 'config/train_python_char.py'
+if out_dir:
+    train_args += f' --dataset={out_dir}'
+corpus.write_splits(out_dir or os.path.dirname(os.path.abspath(__file__)), train_ids, val_ids,
+                    meta, start_time, train_args)

@@ -5,21 +5,27 @@ import os
 import sys
 import time
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # data/
+sys.path.insert(0, os.path.dirname(sys.path[0]))  # the repository's root
 import corpus
 
-from tokenizer import GPT2Tokenizer
+from runtime.console import ROOT
+from runtime.tokenizer import GPT2Tokenizer
 
-# text
-input = ''  # the text; '': input.txt in this folder, else it is downloaded
-out_dir = ''  # where train.bin and val.bin go; '': this folder
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..', 'configurator.py'), encoding='utf-8').read())
+# input and output
+input = ''  # the text file; '': input.txt in this folder, which is downloaded if missing
+out_dir = ''  # where train.bin and val.bin are written; '': this folder
+exec(open(os.path.join(ROOT, 'configurator.py'), encoding='utf-8').read())
 
-started = time.time()
+start_time = time.time()
 folder = os.path.dirname(os.path.abspath(__file__))
 text = corpus.read_shakespeare(input, folder)
 print(f'text: {len(text):,} characters')
-split = int(0.9 * len(text))  # of the text, so that no token spans both splits
+split = int(0.9 * len(text))  # the text is split, not its tokens, so no token spans both splits
 encode = GPT2Tokenizer().encode_ordinary
-corpus.write_splits(out_dir or folder, encode(text[:split]), encode(text[split:]), None, started,
-                    'config/finetune_shakespeare_gpt2.py' + (f' --dataset={out_dir}' if out_dir else ''))
+train_ids = encode(text[:split])
+val_ids = encode(text[split:])
+train_args = 'config/finetune_shakespeare_gpt2.py'
+if out_dir:
+    train_args += f' --dataset={out_dir}'
+corpus.write_splits(out_dir or folder, train_ids, val_ids, None, start_time, train_args)

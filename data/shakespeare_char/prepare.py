@@ -5,20 +5,26 @@ import os
 import sys
 import time
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # data/
+sys.path.insert(0, os.path.dirname(sys.path[0]))  # the repository's root
 import corpus
 
-# text
-input = ''  # the text; '': input.txt in this folder, else it is downloaded
-out_dir = ''  # where train.bin and val.bin go; '': this folder
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..', 'configurator.py'), encoding='utf-8').read())
+from runtime.console import ROOT
 
-started = time.time()
+# input and output
+input = ''  # the text file; '': input.txt in this folder, which is downloaded if missing
+out_dir = ''  # where train.bin and val.bin are written; '': this folder
+exec(open(os.path.join(ROOT, 'configurator.py'), encoding='utf-8').read())
+
+start_time = time.time()
 folder = os.path.dirname(os.path.abspath(__file__))
 text = corpus.read_shakespeare(input, folder)
 print(f'text: {len(text):,} characters')
-meta = corpus.char_table(text)
+meta = corpus.make_meta(text)
 ids = corpus.encode_chars(text, meta)
 split = int(0.9 * len(ids))
-corpus.write_splits(out_dir or folder, ids[:split], ids[split:], meta, started,
-                    'config/train_shakespeare_char_cpu.py' + (f' --dataset={out_dir}' if out_dir else '') + ', with a GPU config/train_shakespeare_char.py')
+train_args = 'config/train_shakespeare_char_cpu.py'
+if out_dir:
+    train_args += f' --dataset={out_dir}'
+train_args += ', with a GPU config/train_shakespeare_char.py'
+corpus.write_splits(out_dir or folder, ids[:split], ids[split:], meta, start_time, train_args)

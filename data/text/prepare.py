@@ -1,42 +1,62 @@
 """
-Your own text, by characters or in GPT-2's BPE: writes data/<name> for --dataset=<name>.
+Your own text, by characters or in GPT-2's BPE: writes data/<name>, for --dataset=<name>.
 
     python data/text/prepare.py --input=book.txt --name=mybook
     python train.py config/train_python_char.py --dataset=mybook --out_dir=out-mybook
+
+tokenizer=char makes a vocabulary of the text's characters, to train a model from scratch.
+tokenizer=gpt2 uses GPT-2's BPE, to finetune GPT-2.
 """
 import os
 import sys
 import time
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # data/
+sys.path.insert(0, os.path.dirname(sys.path[0]))  # the repository's root
 import corpus
 
-from tokenizer import GPT2Tokenizer
+from runtime.console import ROOT, fail
+from runtime.tokenizer import GPT2Tokenizer, read_text
 
-# text
+# input and output
 input = ''  # a UTF-8 text file
-name = ''  # of the dataset
-tokenizer = 'char'  # char (a vocabulary of its characters, to train from scratch) | gpt2 (GPT-2's BPE, to finetune GPT-2)
-out_dir = ''  # where the dataset goes; '': data/<name>
-exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..', 'configurator.py'), encoding='utf-8').read())
+name = ''  # the name of the dataset
+tokenizer = 'char'  # char (the text's characters) | gpt2 (GPT-2's BPE)
+out_dir = ''  # where the dataset is written; '': data/<name>
+exec(open(os.path.join(ROOT, 'configurator.py'), encoding='utf-8').read())
 
-started = time.time()
-data = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-if not input or not (name or out_dir):
-    corpus.fail('your text and a name for it are needed', 'python data/text/prepare.py --input=book.txt --name=mybook')
+start_time = time.time()
+missing = []
+if not input:
+    missing.append('--input (your text file)')
+if not name and not out_dir:
+    missing.append('--name (a name for the dataset)')
+if missing:
+    fail(f'missing {" and ".join(missing)}',
+         'for example: python data/text/prepare.py --input=book.txt --name=mybook')
 if tokenizer not in ('char', 'gpt2'):
-    corpus.fail(f'tokenizer={tokenizer!r} is not known', 'use char or gpt2')
-if not out_dir and (os.path.basename(name) != name or name in (os.curdir, os.pardir) or os.path.exists(os.path.join(data, name, 'prepare.py'))):
-    corpus.fail(f'name={name!r} is taken by a dataset of this repository, or is no name of a folder', 'choose another one')
-text = corpus.read_text(input)
+    fail(f'tokenizer={tokenizer!r} is not known', 'use char or gpt2')
+if not out_dir:
+    if os.path.basename(name) != name or name in (os.curdir, os.pardir):
+        fail(f'name={name!r} cannot be the name of a folder', 'use a name such as mybook')
+    if os.path.exists(os.path.join(ROOT, 'data', name, 'prepare.py')):
+        fail(f'name={name!r} belongs to a dataset of this repository', 'use another name')
+
+text = read_text(input)
 print(f'text: {len(text):,} characters')
 split = int(0.9 * len(text))
 if tokenizer == 'char':
-    meta = corpus.char_table(text)
-    train_ids, val_ids = corpus.encode_chars(text[:split], meta), corpus.encode_chars(text[split:], meta)
+    meta = corpus.make_meta(text)
+    train_ids = corpus.encode_chars(text[:split], meta)
+    val_ids = corpus.encode_chars(text[split:], meta)
+    config_file = 'config/train_python_char.py'
 else:
-    meta, encode = None, GPT2Tokenizer().encode_ordinary
-    train_ids, val_ids = encode(text[:split]), encode(text[split:])
-config_file = 'train_python_char' if tokenizer == 'char' else 'finetune_shakespeare_gpt2'
-corpus.write_splits(out_dir or os.path.join(data, name), train_ids, val_ids, meta, started,
-                    f'config/{config_file}.py --dataset={out_dir or name} --out_dir=out-{name or os.path.basename(os.path.normpath(out_dir))}')
+    meta = None
+    encode = GPT2Tokenizer().encode_ordinary
+    train_ids = encode(text[:split])
+    val_ids = encode(text[split:])
+    config_file = 'config/finetune_shakespeare_gpt2.py'
+run_name = name or os.path.basename(os.path.normpath(out_dir))
+train_args = f'{config_file} --dataset={out_dir or name} --out_dir=out-{run_name}'
+corpus.write_splits(out_dir or os.path.join(ROOT, 'data', name), train_ids, val_ids, meta,
+                    start_time, train_args)

@@ -1,0 +1,250 @@
+"""
+Checkpoints: written so that a crash can't damage the earlier one, and read as data, never as code.
+
+A run's newest or best state is in ckpt.pt, by nanoGPT's rule. If the newest state isn't in ckpt.pt,
+it is in ckpt_last.pt.
+"""
+import contextlib
+import errno
+import os
+import pickletools
+import re
+import zipfile
+from dataclasses import fields
+
+import torch
+
+from runtime.console import fail, first_line, warn
+from runtime.dataset import check_vocabulary, is_gpt2_vocabulary, locate_data
+from runtime.tokenizer import check_meta, read_meta
+
+BEST = 'ckpt.pt'
+LAST = 'ckpt_last.pt'
+
+# the fields of nanoGPT's model_args
+NANOGPT_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
+# what the pickle in a checkpoint may name. It is less than what weights_only allows: only tensors
+GLOBALS = re.compile(r'collections OrderedDict|torch Size|torch\._utils _rebuild_(tensor_v2|'
+                     r'parameter)|torch \w+Storage|torch\.storage UntypedStorage')
+# the state of a GradScaler
+SCALER = {'scale': 1.0, 'growth_factor': 1.0, 'backoff_factor': 1.0, 'growth_interval': 1,
+          '_growth_tracker': 1}
+TYPES = {'model': dict, 'model_args': dict, 'optimizer': dict, 'config': dict, 'scaler': dict,
+         'iter_num': int, 'wandb_id': str, 'gelu': str, 'finished': bool}
+
+
+# -----------------------------------------------------------------------------
+# writing
+def save(state, out_dir, best=True):
+    """Writes the state to ckpt.pt (best) or ckpt_last.pt in out_dir; returns the path.
+
+    The file is complete or isn't there: it gets its name only when all of it is on the disk.
+    """
+    path = os.path.join(out_dir, BEST if best else LAST)
+    unfinished = path + '.tmp'
+    try:
+        with open(unfinished, 'wb') as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(unfinished, path)
+    finally:
+        if os.path.exists(unfinished):  # on a full disk this makes room for the next try
+            os.remove(unfinished)
+    if os.name == 'posix':
+        folder = os.open(out_dir, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # some file systems don't support it
+            os.fsync(folder)
+        os.close(folder)
+    return path
+
+
+def remove_last(out_dir):
+    """Removes ckpt_last.pt, when ckpt.pt is newer."""
+    with contextlib.suppress(OSError):
+        os.remove(os.path.join(out_dir, LAST))
+
+
+def describe(config, meta):
+    """What a checkpoint says about its model: model_args, and keys that nanoGPT ignores.
+
+    model_args has nanoGPT's keys, and those of other options that aren't at their default. meta
+    is the dataset's table of characters or None: with it a checkpoint can be sampled from without
+    its dataset.
+    """
+    defaults = {field.name: field.default for field in fields(config)}
+    args = {key: value for key, value in vars(config).items()
+            if key in NANOGPT_ARGS or key != 'gelu' and value != defaults.get(key)}
+    description = dict(model_args=args)
+    if meta:
+        description['meta'] = meta
+    if config.gelu != 'none':
+        description['gelu'] = config.gelu
+    return description
+
+
+# -----------------------------------------------------------------------------
+# reading
+def exists(out_dir):
+    """Whether out_dir has a checkpoint to resume from."""
+    return any(os.path.exists(os.path.join(out_dir, name)) for name in (BEST, LAST))
+
+
+def load_newest(out_dir):
+    """(state, path) of the checkpoint with the larger iter_num, to resume a run.
+
+    A damaged file is named, and the other one is used.
+    """
+    found = [pair for pair in (try_to_load(out_dir, name) for name in (BEST, LAST)) if pair]
+    if not found:
+        fail_without_checkpoint(out_dir)
+    return max(found, key=lambda pair: pair[0]['iter_num'])
+
+
+def load_best(out_dir):
+    """(state, path) of ckpt.pt, or of ckpt_last.pt if there is none: to sample or to evaluate."""
+    return (try_to_load(out_dir, BEST) or try_to_load(out_dir, LAST)
+            or fail_without_checkpoint(out_dir))
+
+
+def try_to_load(out_dir, name):
+    """(state, path) of the file; None if it isn't there, or with a warning if it is damaged."""
+    path = os.path.join(out_dir, name)
+    if not os.path.exists(path):
+        return None
+    try:
+        return load(path), path
+    except ValueError as e:
+        warn(str(e))
+
+
+def fail_without_checkpoint(out_dir):
+    remedy = "train first, or name the run's folder with --out_dir"
+    if os.path.exists(os.path.join(out_dir, 'config.json')):
+        remedy = f'it is a folder for transformers: use --init_from={out_dir}'
+    fail(f'{out_dir} has no checkpoint that can be read', remedy, who='node')
+
+
+def load(path):
+    """The dict in a checkpoint file, its tensors mapped from the file.
+
+    ValueError names the file if it can't be used. A checkpoint is data: no code in it runs, and
+    its model can't be larger than the file. torch.load doesn't look at the archive's checksums, so
+    they are checked first. The weights' names lose the prefixes of torch.compile and DDP.
+    """
+    try:
+        check_archive(path)
+        state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        check_state(state)
+        state['model'] = rename_weights(state['model'], state['model_args'])
+        num_bytes = count_bytes(state.get('optimizer'), set())
+        for tensor in state['model'].values():  # one that has several names is copied for each
+            num_bytes += count_bytes(tensor, set())
+        if num_bytes > 4 * os.path.getsize(path) + 2 ** 20:
+            raise ValueError('its tensors are larger than the file')
+        check_sizes(state['model_args'], {name: w.shape for name, w in state['model'].items()})
+    except Exception as e:  # a damaged archive raises almost anything
+        unreadable = (errno.EIO, errno.EACCES, errno.ENOMEM, errno.ESTALE)
+        if isinstance(e, OSError) and e.errno in unreadable:
+            fail(f'{path} cannot be read ({e.strerror})',
+                 'the file itself may be fine: fix the access to it first', who='node')
+        raise ValueError(f'{path} is not a readable checkpoint: {first_line(e)}') from e
+    return state
+
+
+def check_archive(path):
+    """ValueError if the file is damaged, is compressed or names anything but tensors."""
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type for entry in archive.infolist()):
+            raise ValueError('it is compressed, which torch never does')
+        damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f'{damaged} in it is damaged')
+        pickle_name = next(name for name in archive.namelist() if name.endswith('/data.pkl'))
+        pickled = archive.read(pickle_name)
+    for opcode, arg, _ in pickletools.genops(pickled):
+        named = opcode.name == 'GLOBAL' and not GLOBALS.fullmatch(arg)
+        if named or opcode.name == 'STACK_GLOBAL':
+            raise ValueError(f'it asks for {arg}, and data needs no code')
+
+
+def check_state(state):
+    """ValueError unless the dict has what a checkpoint needs, with values of the right type."""
+    missing = {'model', 'model_args', 'iter_num'} - set(state)
+    if missing:
+        raise ValueError(f'it has no {" or ".join(sorted(missing))}')
+    for key, kind in TYPES.items():
+        if key in state and not isinstance(state[key], kind):
+            raise ValueError(f'its {key} is not a {kind.__name__}')
+    if not 0 <= state['iter_num'] < 2 ** 63:
+        raise ValueError('its iter_num is out of range')
+    if state.get('gelu', 'none') not in ('none', 'tanh'):
+        raise ValueError(f'its gelu is {state["gelu"]!r}')
+    scaler = state.get('scaler', SCALER)
+    if any(type(scaler.get(key)) is not type(value) for key, value in SCALER.items()):
+        raise ValueError('its scaler state is invalid')
+    if 'best_val_loss' in state:
+        state['best_val_loss'] = float(state['best_val_loss'])  # nanoGPT's is a tensor
+    if 'meta' in state:
+        check_meta(state['meta'])
+
+
+def rename_weights(weights, model_args):
+    """The weights without the prefixes that torch.compile and DDP put before their names."""
+    renamed = {}
+    for name, tensor in weights.items():
+        while name.startswith(('_orig_mod.', 'module.')):
+            name = name.partition('.')[2]
+        if not name.endswith('.attn.bias'):  # old versions saved the causal mask as a weight
+            renamed[name] = tensor
+    if model_args.get('tied', True):
+        renamed['lm_head.weight'] = renamed.get('transformer.wte.weight')  # the same tensor
+    return renamed
+
+
+def count_bytes(value, seen):
+    """The bytes of the tensors in nested containers as float32; ValueError for unusual tensors."""
+    if id(value) in seen:
+        return 0
+    if isinstance(value, torch.Tensor):
+        seen.add(id(value))
+        plain = value.layout == torch.strided and value.device.type == 'cpu'
+        if not plain or value.is_quantized or value.is_complex():
+            raise ValueError('it has a tensor that is not plain numbers on a CPU')
+        return 4 * value.numel()
+    if isinstance(value, (dict, list, tuple)):
+        seen.add(id(value))
+        items = value.values() if isinstance(value, dict) else value
+        return sum(count_bytes(item, seen) for item in items)
+    return 0
+
+
+def check_sizes(model_args, shapes):
+    """ValueError if the arguments ask for a larger or deeper model than {name: shape} has."""
+    largest = max((n for shape in shapes.values() for n in shape), default=0)
+    layers = min(1000, sum(str(name).endswith('.ln_1.weight') for name in shapes))
+    for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'bigrams', 'embd_conv'):
+        optional = key in ('bigrams', 'embd_conv')
+        n = model_args.get(key, 0 if optional else None)
+        most = layers if key == 'n_layer' else largest
+        if type(n) is not int or not (0 if optional else 1) <= n <= most:
+            shown = n if type(n) is int else type(n).__name__
+            raise ValueError(f'{key}={shown} does not fit its weights')
+
+
+def find_meta(state, out_dir, path):
+    """The table of characters of a checkpoint that load() has read from path; None: GPT-2's BPE.
+
+    nanoGPT's checkpoints have none in them: theirs is next to the checkpoint or in the dataset's
+    folder.
+    """
+    if 'meta' in state or is_gpt2_vocabulary(state['model_args']['vocab_size']):
+        return state.get('meta')
+    name = state.get('config', {}).get('dataset', '')
+    data_dir = locate_data(name) if isinstance(name, str) else None
+    meta = read_meta(out_dir)
+    if not meta and data_dir:
+        meta = read_meta(data_dir)
+    check_vocabulary(meta, state, f'dataset {name!r} on this machine', path,
+                     'put the meta.pkl of its dataset next to the checkpoint')
+    return meta

@@ -1,0 +1,219 @@
+"""
+Datasets: finding and opening them, and which tokens a training iteration reads in which order.
+
+A dataset is a folder with train.bin and val.bin, raw token ids as little-endian uint16, and with
+meta.pkl if its tokens aren't GPT-2's.
+"""
+import ast
+import functools
+import math
+import mmap
+import os
+
+import numpy as np
+import torch
+
+from runtime.console import ROOT, fail, short_path
+
+
+def locate_data(name):
+    """The folder with the dataset's train.bin and val.bin; None if there is none.
+
+    The name is tried as a path and as data/<name>, first in the current folder, then in the
+    repository.
+    """
+    places = [name, os.path.join('data', name)]
+    places += [os.path.join(ROOT, place) for place in places]
+    for place in places:
+        if all(os.path.isfile(os.path.join(place, f'{split}.bin')) for split in ('train', 'val')):
+            return place
+
+
+def find_data(name):
+    """locate_data(), or fails with the command that prepares the dataset."""
+    folder = locate_data(name)
+    if folder:
+        return folder
+    prepare = os.path.join(ROOT, 'data', name, 'prepare.py')
+    if not os.path.isfile(prepare):
+        fail(f'dataset {name!r} was not found: neither {name} nor data/{name} is a folder with '
+             'train.bin and val.bin', 'to prepare your own text: '
+             'python data/text/prepare.py --input=FILE --name=NAME')
+    with open(prepare, encoding='utf-8') as f:
+        description = ast.get_docstring(ast.parse(f.read())) or 'no description'
+    small = short_path(os.path.join(ROOT, 'data', 'python_char', 'prepare.py'))
+    train = short_path(os.path.join(ROOT, 'train.py'))
+    fail(f'dataset {name} is not prepared ({description.splitlines()[0]})',
+         f'prepare it: python {short_path(prepare)}  or start small, without a download: '
+         f'python {small} && python {train} config/train_python_char.py')
+
+
+def open_bin(path, block_size, vocab_size, meta=None):
+    """The token ids of a .bin file as a read-only memmap, (tokens,), of meta's dtype or uint16.
+
+    Fails if the file can't be trained on. It reads only the first and last ids; get_batch checks
+    the ids of each batch.
+    """
+    remedy = f'prepare the dataset in {os.path.dirname(path)} again'
+    dtype = np.dtype((meta or {}).get('dtype', 'uint16'))
+    size = os.path.getsize(path)
+    if size % dtype.itemsize:
+        fail(f'{path} has {size} bytes, not a multiple of {dtype.itemsize}: it is not a {dtype} '
+             'file or was cut short', remedy)
+    count = size // dtype.itemsize
+    if count < block_size + 1:
+        fail(f'{path} has {count} tokens, fewer than block_size + 1 = {block_size + 1}',
+             'set a smaller --block_size')
+    tokens = np.memmap(path, dtype=dtype.newbyteorder('<'), mode='r')
+    if hasattr(tokens._mmap, 'madvise'):
+        # sequences are a few kB anywhere in the file: reading ahead would fetch 128 kB for each
+        tokens._mmap.madvise(mmap.MADV_RANDOM)
+    check_ids(np.concatenate((tokens[:4096], tokens[-4096:])), vocab_size, path, who='node')
+    return tokens
+
+
+def forget_pages(tokens):
+    """Unmaps the pages that were read of an open_bin().
+
+    Otherwise they all count as this process's memory in time, although they are the system's
+    cache. The pages are read again when needed, which takes 40 to 200 us: call it once in a while.
+    """
+    if hasattr(tokens._mmap, 'madvise'):
+        tokens._mmap.madvise(mmap.MADV_DONTNEED)
+
+
+def check_ids(ids, vocab_size, path, who='rank'):
+    """Fails if a token id is outside the vocabulary; a GPU's own error would not say which."""
+    if ids.max() >= vocab_size:
+        fail(f'{path} has token id {ids.max()}, but the vocabulary has {vocab_size}',
+             'the data was made with another tokenizer: prepare it again, '
+             'or name the right --dataset', who)
+
+
+def is_gpt2_vocabulary(vocab_size):
+    """Whether this may be GPT-2's vocabulary: its 50,257 tokens, or padded by up to 943 rows."""
+    return 50257 <= vocab_size <= 51200
+
+
+def check_vocabulary(meta, state, data_dir, path, remedy='name the right one with --dataset'):
+    """Fails if a dataset has other tokens than the checkpoint `state`, read from path.
+
+    meta is the dataset's meta.pkl, or None for GPT-2's BPE.
+    """
+    trained_meta = state.get('meta') or {}
+    vocab_size = state['model_args']['vocab_size']
+    if meta is None:
+        if is_gpt2_vocabulary(vocab_size):
+            return
+        problem = f'{data_dir} has no meta.pkl, so it is GPT-2 BPE'
+    elif 'stoi' in trained_meta:
+        if trained_meta['stoi'] == meta.get('stoi'):
+            return
+        problem = f'{data_dir} has other characters'
+    else:  # nanoGPT's checkpoints have no table of characters
+        if meta['vocab_size'] == vocab_size:
+            return
+        problem = f'{data_dir} has a vocabulary of {meta["vocab_size"]}'
+    fail(f'{problem}, but {path} was trained on another dataset, '
+         f'with a vocabulary of {vocab_size}', remedy)
+
+
+class DataOrder:
+    """Where the sequences begin that each training iteration reads.
+
+    This is a pure function of the seed and the iteration. So no generator's state is saved, and
+    a resumed run, or one on another number of ranks, reads the same sequences, as long as the
+    sequences per iteration stay the same.
+
+    'random': anywhere in the split, by one draw of a counter-based generator per iteration.
+    'epochs': next to one another and shuffled, so that no token comes twice within an epoch.
+    """
+
+    def __init__(self, kind, seed, num_tokens, block_size, batch_size, micro_batches):
+        self.kind = kind
+        self.seed = seed
+        self.block_size = block_size
+        self.batch_size = batch_size
+        self.micro_batches = micro_batches  # of an iteration, on all ranks together
+        self.num_starts = num_tokens - block_size  # a target follows the last token
+        # as many as fit next to one another, wherever the first one begins
+        self.per_epoch = max(1, self.num_starts // block_size)
+        self.philox = np.random.Philox(key=seed)
+        self.philox_state = self.philox.state
+        self.epoch_starts = functools.lru_cache(1)(self.draw_epoch)
+
+    def get_starts(self, iter_num, micro_batch):
+        """The first tokens of the sequences of a micro-batch, (batch_size,).
+
+        micro_batch is its number among those of all ranks in this iteration.
+        """
+        if self.kind == 'epochs':
+            first = (iter_num * self.micro_batches + micro_batch) * self.batch_size
+            numbers = (divmod(n, self.per_epoch) for n in range(first, first + self.batch_size))
+            return np.array([self.epoch_starts(epoch)[n] for epoch, n in numbers])
+        self.philox_state['state']['counter'][3] = iter_num
+        self.philox.state = self.philox_state  # a tenth of the time of a new generator
+        raw = self.philox.random_raw(self.micro_batches * self.batch_size)
+        return raw[micro_batch * self.batch_size:][:self.batch_size] % self.num_starts
+
+    def draw_epoch(self, epoch):
+        """The first tokens of an epoch's sequences, (per_epoch,), in their order."""
+        rng = np.random.default_rng((self.seed, epoch))
+        unused = self.num_starts - (self.per_epoch - 1) * self.block_size
+        first = rng.integers(unused)  # another one in each epoch
+        return first + self.block_size * rng.permutation(self.per_epoch)
+
+
+def list_eval_batches(tokens, split, block_size, batch_size, eval_iters, rank=0, world_size=1):
+    """What an evaluation of a split of tokens reads on this rank: (batches, total_weight).
+
+    A batch is (starts, repeated, weight): the first tokens of its sequences (batch_size,), a mask
+    (batch_size, block_size) of the targets that an earlier sequence has, or None, and the share of
+    the other targets. Each rank has the same number of batches, perhaps a last one of weight 0.
+    total_weight is that of all ranks.
+
+    eval_iters batches are evenly spaced over the split. With eval_iters=0 the val split's
+    sequences are next to one another, so that every token is predicted once.
+    """
+    last = len(tokens[split]) - block_size - 1  # the last start that leaves room for a target
+    num_batches = eval_iters or math.ceil((len(tokens['val']) - 1) / block_size / batch_size)
+    num_sequences = num_batches * batch_size
+    starts = np.linspace(0, last, num_sequences).astype(np.int64)
+    num_repeated = np.zeros_like(starts)
+    if eval_iters == 0 and split == 'val':
+        side_by_side = np.arange(num_sequences) * block_size
+        starts = np.minimum(side_by_side, last)
+        num_repeated = np.minimum(side_by_side - starts, block_size)
+    starts = starts.reshape(num_batches, batch_size)
+    num_repeated = num_repeated.reshape(num_batches, batch_size)
+    weights = 1 - num_repeated.mean(axis=1) / block_size
+    batches = []
+    for first in range(0, num_batches, world_size):
+        b = min(first + rank, num_batches - 1)
+        weight = weights[b] if first + rank < num_batches else 0.0
+        repeated = None
+        if num_repeated[b].any():
+            repeated = torch.arange(block_size) < torch.from_numpy(num_repeated[b, :, None])
+        batches.append((starts[b], repeated, float(weight)))
+    return batches, float(weights.sum())
+
+
+def move_to_device(rows, device):
+    """Token ids as an int64 tensor on the device.
+
+    To a GPU they are copied while it computes, which only pinned memory allows.
+    """
+    rows = torch.from_numpy(rows.astype(np.int64))
+    if torch.device(device).type != 'cuda':
+        return rows.to(device)
+    stream = get_copy_stream(device)
+    with torch.cuda.stream(stream):
+        rows = rows.pin_memory().to(device, non_blocking=True)
+    torch.cuda.current_stream().wait_stream(stream)
+    rows.record_stream(torch.cuda.current_stream())
+    return rows
+
+
+@functools.lru_cache(None)
+def get_copy_stream(device):
+    return torch.cuda.Stream(device)

@@ -1,0 +1,311 @@
+"""
+Faster forms of parts of the model, with the same meaning, and accelerate(), which installs them.
+
+A part is replaced only if it is exactly the one that its fast form was written for. A part that was
+edited, patched, subclassed or hooked runs as it is written.
+"""
+import ast
+import functools
+import hashlib
+import inspect
+import math
+import textwrap
+import types
+
+import torch
+import torch.nn as nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from runtime.console import note
+
+# digests of the methods in model.py that a fast form stands for; tests/test_kernels.py prints the
+# new one after a change. Make the fast form equal to the new source first
+DIGESTS = {
+    'Attention.forward': '7db0df26a98fde3e',
+    'SquaredReLU.forward': '01d2c05b81ff4713',
+    'LossHead.forward': '14226b202082788e',
+    'GPT.forward': 'a2afd0c38f1c5f06',
+}
+# the functions of torch that the replaced methods call
+FUNCTIONS = {'Attention': 'scaled_dot_product_attention', 'SquaredReLU': 'relu',
+             'LossHead': 'cross_entropy', 'Dropout': 'dropout'}
+
+
+def accelerate(model, device_type, dtype):
+    """Installs the faster forms of the model's parts for training or sampling on this device.
+
+    It prints one line that names the parts that were changed and therefore stay as they are. On
+    CUDA torch.compile does most of this work.
+    """
+    fast_forms = {'LossHead': LossHead}
+    if device_type == 'cpu':
+        fast_forms.update(Dropout=Dropout, Attention=Attention, SquaredReLU=SquaredReLU)
+    replacements, changed = {}, set()
+    for parent in list(model.modules()):
+        if isinstance(parent, LossHead):  # it has the plain one in it
+            continue
+        for name, part in parent.named_children():
+            bases = [base.__name__ for base in type(part).__mro__]
+            kind = next((base for base in bases if base in fast_forms), None)
+            if kind is None or isinstance(part, fast_forms[kind]):
+                continue
+            if not is_unchanged(part, kind):
+                changed.add(type(part).__name__)
+                continue
+            if part not in replacements:  # a part may have several parents
+                replacements[part] = fast_forms[kind](part).train(part.training)
+            setattr(parent, name, replacements[part])
+    if device_type == 'cpu' and dtype == 'bfloat16':
+        drop = getattr(model.transformer, 'drop', None)
+        if type(drop) is Dropout and is_unchanged(model, 'GPT'):
+            model.transformer.drop = EmbeddingDropout(drop).train(drop.training)
+    if changed:
+        note(f'model: {", ".join(sorted(changed))} runs as you wrote it, '
+             'because its faster form would not include your change')
+
+
+def is_unchanged(module, kind):
+    """Whether this is the class `kind` of model.py, or nn.Dropout, and computes what it did."""
+    cls = type(module)
+    if is_patched(module) or kind in FUNCTIONS and not is_torchs(getattr(F, FUNCTIONS[kind])):
+        return False
+    if kind == 'Dropout':
+        return cls is nn.Dropout and is_torchs(cls.forward)
+    if cls is Attention:  # the fast form
+        return kind == 'Attention'
+    return cls.__name__ == kind and digest(cls.forward) == DIGESTS[f'{kind}.forward']
+
+
+def is_patched(module):
+    """Whether this module has hooks or a forward() of its own."""
+    hooks = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
+    return 'forward' in vars(module) or any(getattr(module, name) for name in hooks)
+
+
+def is_torchs(function):
+    """Whether torch defines this function, so it isn't a patch."""
+    return function.__module__.startswith('torch.') and not hasattr(function, '__wrapped__')
+
+
+@functools.lru_cache(None)
+def digest(function):
+    """A digest of a function's code without comments and docstring; '' if it can't be found."""
+    if not isinstance(function, types.FunctionType) or hasattr(function, '__wrapped__'):
+        return ''
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError):
+        return ''
+    if not isinstance(tree.body[0], ast.FunctionDef):  # a lambda in a statement
+        return ''
+    body = tree.body[0].body
+    if ast.get_docstring(tree.body[0]) is not None:
+        del body[0]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
+
+
+# -----------------------------------------------------------------------------
+# parts of the model
+def draw_mask(x, p):
+    """For dropout on a CPU: 0 with probability p (to 2**-16), else 1, in the shape and type of x.
+
+    F.dropout draws one number per element, in 9 ns. Here 64 random bits serve four elements, in
+    1 ns each.
+    """
+    bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-2 ** 63, None)
+    numbers = bits.view(torch.int16)[:x.numel()].view(x.size())  # -2**15 to 2**15 - 1
+    return (numbers >= round(p * 2 ** 16) - 2 ** 15).to(x.dtype)
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout, with fewer random bits on a CPU. Srivastava et al. 2014"""
+
+    def __init__(self, dropout):
+        super().__init__(dropout.p)
+
+    def forward(self, x):
+        if x.device.type != 'cpu' or not self.training or not self.p:
+            return F.dropout(x, self.p, self.training)
+        return x * draw_mask(x, self.p) * (1 / (1 - self.p))
+
+
+class EmbeddingDropout(Dropout):
+    """The last part before the blocks: under autocast it makes the residual stream 16 bits wide.
+
+    Then less must be cast and moved: 2 to 9% of a step on a CPU.
+    """
+
+    def forward(self, x):
+        x = super().forward(x)
+        if x.device.type == 'cpu' and torch.is_autocast_enabled('cpu'):
+            x = x.to(torch.get_autocast_dtype('cpu'))
+        return x
+
+
+class Attention(nn.Module):
+    """Causal attention that materializes the (T, T) matrix where that is faster on a CPU.
+
+    F.scaled_dot_product_attention has no fast path there with dropout (T=256, forward and
+    backward: 436 ms, here 228), and its backward pass is slow in bfloat16 (T=64: 2.9 ms, here 0.4;
+    T=1024: 135 ms, here 84).
+    """
+
+    def __init__(self, attention):
+        super().__init__()
+
+    def forward(self, q, k, v, dropout_p):
+        B, nh, T, hs = q.size()
+        slow = dropout_p or T <= 1024 and q.dtype == torch.bfloat16 and q.requires_grad
+        if q.device.type != 'cpu' or not slow:
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+        mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
+        q, k, v = (z.flatten(0, 1) for z in (q, k, v))  # (B * nh, T, hs)
+        att = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=hs ** -0.5)
+        att = att.softmax(dim=-1)  # (B * nh, T, T)
+        if dropout_p:
+            att = att * draw_mask(att, dropout_p)
+            v = v * (1 / (1 - dropout_p))
+        return torch.bmm(att, v).view(B, nh, T, hs)
+
+
+class SquaredReLUFunction(torch.autograd.Function):
+    """F.relu(x).square(), whose backward pass reads the tensor twice instead of four times."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = F.relu(x)
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return (grad * ctx.saved_tensors[0]).mul_(2)
+
+
+class SquaredReLU(nn.Module):
+    """F.relu(x).square() by SquaredReLUFunction."""
+
+    def __init__(self, activation):
+        super().__init__()
+
+    def forward(self, x):
+        return SquaredReLUFunction.apply(x)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """F.cross_entropy(x @ weight.T, targets, ignore_index=-1) in float32.
+
+    x (N, C), weight (V, C), targets (N). The gradients are computed in the forward pass, for some
+    rows at a time, so the logits (N, V) never exist as a whole. They would be the largest tensor
+    of all. After Hsu et al. 2024, https://arxiv.org/abs/2410.10989. F.linear_cross_entropy of
+    torch 2.13 takes twice the time, and rounds the loss to bfloat16.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, dtype, needs_grad):
+        loss = x.new_zeros((), dtype=torch.float32)
+        count = (targets != -1).sum()
+        w = weight.to(dtype)
+        dx = torch.zeros_like(x) if needs_grad else None
+        dw = torch.zeros_like(weight) if needs_grad else None
+        rows = max(1, 2 ** 25 // len(weight))
+        for i in range(0, len(x), rows):
+            x_i = x[i:i + rows].to(dtype)
+            target = targets[i:i + rows, None]
+            is_counted = target != -1
+            target = target.masked_fill(target == -1, 0)
+            logits = (x_i @ w.t()).float()  # (rows, V)
+            probs = logits.softmax(dim=-1)
+            # logsumexp from the most likely token, whose probability doesn't underflow: this
+            # saves a second exp of all logits
+            lse = logits.amax(dim=-1, keepdim=True) - probs.amax(dim=-1, keepdim=True).log()
+            loss += (lse - logits.gather(1, target)).masked_fill(~is_counted, 0.0).sum()
+            if needs_grad:  # the softmax, less 1 at the target
+                minus_one = -torch.ones_like(target, dtype=torch.float32)
+                d_logits = probs.scatter_add_(1, target, minus_one).mul_(is_counted).to(dtype)
+                dx[i:i + rows] = d_logits @ w
+                dw += d_logits.t() @ x_i
+        ctx.save_for_backward(dx, dw, count)
+        return loss / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        dx, dw, count = ctx.saved_tensors
+        return dx * (grad / count), dw * (grad / count), None, None, None
+
+
+class LossHead(nn.Module):
+    """The output layer and the loss, together where only the loss is needed and logits are large.
+
+    torch.compile joins the two by itself.
+    """
+
+    def __init__(self, loss_head):
+        super().__init__()
+        self.plain = loss_head
+
+    def forward(self, lm_head, x, targets, return_logits):
+        device_type = x.device.type
+        dtype = x.dtype
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+        # in float16 gradients that are computed before the loss is scaled would vanish
+        if (return_logits or torch.compiler.is_compiling() or dtype == torch.float16
+                or not is_plain_linear(lm_head)
+                or targets.numel() * lm_head.out_features <= 2 ** 22):
+            return self.plain(lm_head, x, targets, return_logits)
+        loss = LinearCrossEntropy.apply(x.flatten(0, 1), lm_head.weight, targets.flatten(), dtype,
+                                        torch.is_grad_enabled())
+        return None, loss
+
+
+def is_plain_linear(module):
+    """Whether this is a linear layer without a bias that nobody has changed."""
+    return (type(module) is nn.Linear and module.bias is None and not is_patched(module)
+            and is_torchs(nn.Linear.forward) and is_torchs(F.linear))
+
+
+# -----------------------------------------------------------------------------
+# other ways to run all of the model
+class PackedLinear(nn.Module):
+    """A linear layer for inference on a CPU, its weight in the blocks that oneDNN multiplies."""
+
+    def __init__(self, linear, rows):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
+
+
+def pack_linears(model, rows):
+    """Makes a model on a CPU generate `rows` sequences at once faster.
+
+    Afterwards it can't be trained or saved. A token takes 16 ms instead of 22 at 124M in bfloat16,
+    and 37 instead of 69 in float32; ten rows take 33 instead of 43.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return
+    is_bfloat16 = model.lm_head.weight.dtype == torch.bfloat16
+    if is_bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return
+    # a list of all linear layers would keep every weight twice
+    for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear:
+                setattr(parent, name, PackedLinear(child, rows))
+
+
+def recompute_blocks(model):
+    """Activation checkpointing: the backward pass computes each block again.
+
+    Otherwise the forward pass stores what is in all of them. Chen et al. 2016,
+    https://arxiv.org/abs/1604.06174
+    """
+    for block in model.transformer.h:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

@@ -1,0 +1,233 @@
+"""
+Optimizers that torch doesn't have in this form, and the step that clips and skips.
+
+An optimizer of this file does what torch's fused AdamW does: if its attribute `found_inf` is 1, an
+update changes nothing, and if it has a `grad_scale`, gradients are divided by that.
+"""
+import math
+
+import torch
+
+from runtime.console import warn
+from runtime.distributed import full_tensor, local_optimizer, local_tensor, shard_like
+
+
+def specialize(optimizer, optim, moments_dtype, momentum, model):
+    """The optimizer that the settings ask for, with the parameter groups of this AdamW.
+
+    muon takes the matrices of the model's blocks out of their groups, into a group with a
+    momentum. Returns the optimizer itself for adamw with moments in float32.
+    """
+    groups = [dict(group) for group in optimizer.param_groups]
+    options = {key: optimizer.defaults[key] for key in ('lr', 'betas', 'eps')}
+    if optim == 'muon':
+        params = model.transformer.h.parameters()
+        matrices = {p for p in params if p.dim() >= 2 and p.requires_grad}
+        muon_groups = []
+        for group in groups:
+            own = [p for p in group['params'] if p in matrices]
+            if own:
+                muon_groups.append({**group, 'params': own, 'momentum': momentum})
+                group['params'] = [p for p in group['params'] if p not in matrices]
+        return Muon(groups + muon_groups, **options)
+    if moments_dtype == 'bfloat16':
+        return LowMemoryAdamW(groups, **options)
+    return optimizer
+
+
+def count_state_bytes(optimizer):
+    """The bytes of the optimizer's state once it has made an update, on all ranks together."""
+    itemsize = getattr(optimizer, 'moments_dtype', torch.float32).itemsize
+    total = 0
+    for group in optimizer.param_groups:
+        moments = 1 if 'momentum' in group else 2
+        total += sum(p.numel() for p in group['params']) * moments * itemsize
+    return total
+
+
+class LowMemoryAdamW(torch.optim.AdamW):
+    """AdamW with its moments in bfloat16: 12 bytes per parameter in all instead of 16.
+
+    Each update is computed in float32, one tensor at a time. bfloat16 has steps of 0.4 to 0.8%, so
+    the second moment stands still if beta2 is above 0.99.
+    """
+    moments_dtype = torch.bfloat16
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group['params']:
+                if p.grad is not None:
+                    self.update(p, group)
+        return loss
+
+    def update(self, p, group):
+        """Updates one parameter, which has a gradient."""
+        state = self.state[p]
+        if not state:
+            state['step'] = torch.zeros((), device=p.device)
+            state['exp_avg'] = torch.zeros_like(p, dtype=self.moments_dtype)
+            state['exp_avg_sq'] = torch.zeros_like(p, dtype=self.moments_dtype)
+        exp_avg, exp_avg_sq = state['exp_avg'].float(), state['exp_avg_sq'].float()
+        found_inf = getattr(self, 'found_inf', None)
+        state['step'] += 1
+        if found_inf is not None:
+            state['step'] -= found_inf
+        beta1, beta2 = group['betas']
+        torch._fused_adamw_(
+            [p], [p.grad], [exp_avg], [exp_avg_sq], [], [state['step']], lr=group['lr'],
+            beta1=beta1, beta2=beta2, weight_decay=group['weight_decay'], eps=group['eps'],
+            amsgrad=False, maximize=False, grad_scale=getattr(self, 'grad_scale', None),
+            found_inf=found_inf)
+        state['exp_avg'].copy_(exp_avg)
+        state['exp_avg_sq'].copy_(exp_avg_sq)
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for the groups that have a momentum, AdamW for the others.
+
+    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/. A matrix moves by its
+    gradient's momentum with all singular values made nearly 1, times 0.2 sqrt(the longer side).
+    Then an update is about as large as one of AdamW, and takes the same learning rate and weight
+    decay (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
+
+    torch.optim.Muon computes the same with adjust_lr_fn='match_rms_adamw'. Here matrices of one
+    shape are one batch, in float32 on CPUs: 6.8 ms for a step of the fast recipe, torch's takes
+    14.7. And weights may be sharded: each rank computes the whole update and applies its part.
+    """
+    # AdamW's would look for AdamW's moments in all groups
+    __setstate__ = torch.optim.Optimizer.__setstate__
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if 'momentum' not in group:
+                continue
+            batches = {}  # by shape, the longer side last
+            for p in group['params']:
+                if p.grad is not None:
+                    batches.setdefault(tuple(sorted(p.shape)), []).append(p)
+            for shape, params in batches.items():
+                self.update(shape, params, group)
+        super().step()
+        return loss
+
+    def update(self, shape, params, group):
+        """Updates matrices of this shape, or of its transpose, and takes their gradients away."""
+        device, lr, momentum = params[0].device, group['lr'], group['momentum']
+        grad_scale = getattr(self, 'grad_scale', None)
+        found_inf = getattr(self, 'found_inf', None)
+        skip = torch.zeros((), dtype=torch.bool, device=device)
+        if found_inf is not None:
+            skip = found_inf > 0
+        decay = 1 - lr * group['weight_decay'] * ~skip
+        updates = torch.empty(len(params), *shape, device=device)
+        for p, row in zip(params, updates):
+            if not self.state[p]:
+                self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+            buffer = self.state[p]['momentum_buffer']
+            grad = local_tensor(p.grad)
+            if grad_scale is not None:
+                grad.div_(grad_scale)
+            average = local_tensor(buffer)
+            average.lerp_(torch.where(skip, average, grad), 1 - momentum)
+            update = full_tensor(p.grad.lerp(buffer, momentum))  # Nesterov's
+            row.copy_(update if update.shape == shape else update.t())
+            local_tensor(p).mul_(decay)
+            p.grad = None  # so that AdamW's step leaves this parameter out
+        updates.masked_fill_(skip, 0.0)
+        for p, update in zip(params, orthogonalize(updates)):
+            update = update if p.shape == shape else update.t()
+            p.add_(shard_like(update, p), alpha=-lr * 0.2 * math.sqrt(shape[1]))
+
+
+def orthogonalize(x):
+    """Matrices (n, R, C), R <= C, with singular values near 1 (0.7 to 1.2).
+
+    It takes five Newton-Schulz steps, whose numbers are those of the Muon post.
+    """
+    # in bfloat16 where that is fast: the steps correct their own rounding
+    y = x.float() if x.device.type == 'cpu' else x.bfloat16()
+    y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        a = y @ y.mT
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        y = torch.baddbmm(y, b, y, beta=3.4445)
+    return y.to(x.dtype)
+
+
+# -----------------------------------------------------------------------------
+# the end of an iteration
+def nan_unless_finite(loss):
+    """The loss; NaN with NaN gradients if it isn't finite, so that all ranks skip the update.
+
+    A loss may overflow although its gradients don't, and on one rank only.
+    """
+    return loss * (1 + 0 * loss.detach())  # times 1, or times NaN
+
+
+def grad_norm(optimizer):
+    """The norm of the gradients of all the optimizer's parameters, as one vector."""
+    # torch.nn.utils.get_total_norm takes 0.2 ms longer on a CPU, and walking model.parameters()
+    # 0.1 ms
+    grads = [p.grad for group in optimizer.param_groups for p in group['params']
+             if p.grad is not None]
+    return full_tensor(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
+
+
+def clip_and_step(optimizer, scaler, grad_clip):
+    """Clips the gradients to the norm grad_clip (0: no clipping) and makes the update.
+
+    A gradient that isn't finite leaves weights, moments and step counts as they are. Returns the
+    norm before clipping, a tensor (); the host doesn't wait for the device.
+    """
+    scaler.unscale_(optimizer)
+    norm = grad_norm(optimizer)
+    limit = grad_clip or math.inf
+    if scaler.is_enabled() or norm.device.type == 'mps':
+        # a GradScaler skips bad updates itself, and the kernel of mps can't: there the host waits
+        params = [p for group in optimizer.param_groups for p in group['params']]
+        torch.nn.utils.clip_grads_with_norm_(params, limit, norm)
+        if norm.device.type != 'mps' or norm.isfinite():
+            scaler.step(optimizer)
+    else:
+        # the fused kernel divides by grad_scale, which clips without a pass over the gradients
+        local = local_optimizer(optimizer)
+        local.found_inf = (~norm.isfinite()).float()
+        local.grad_scale = (norm / limit).clamp(min=1)
+        scaler.step(optimizer)
+    scaler.update()
+    return norm
+
+
+class BadSteps:
+    """Counts the updates that were skipped, on the device: the host waits only in read()."""
+
+    def __init__(self, device):
+        self.device_counts = torch.zeros(2, device=device)  # in a row until now, and in all
+        self.in_a_row, self.total = 0, 0  # as of the last read()
+
+    def count(self, norm):
+        """Counts an update that clip_and_step() skipped or made, by its norm."""
+        is_bad = (~norm.isfinite()).float()
+        in_a_row, total = self.device_counts
+        self.device_counts = torch.stack(((in_a_row + 1) * is_bad, total + is_bad))
+
+    def read(self, iter_num):
+        """Reads the counts, and warns if updates were skipped since the last time."""
+        total_before = self.total
+        self.in_a_row, self.total = self.device_counts.int().tolist()
+        if self.total > total_before:
+            warn(f'iter {iter_num}: skipped {self.total - total_before} updates, because their '
+                 f'gradient was not finite: {self.in_a_row} in a row, {self.total} in all')

@@ -1,0 +1,145 @@
+"""
+What a training run says about itself: its plan at the start, its progress, and its end.
+"""
+import math
+import os
+import shlex
+import signal
+import sys
+from datetime import timedelta
+
+import torch
+
+from runtime import checkpoint, machine
+from runtime.console import ROOT, report_error, say, short_path
+
+
+def print_plan(origin, model, config, data_dir, meta, tokens, device, dtype, compile, backend,
+               ranks, optimizer_bytes, is_resumed):
+    """Prints what will happen. device, dtype and compile are (choice, reason) each."""
+    print_model(origin, model, config)
+    print_data(data_dir, meta, tokens, config, ranks)
+    print_machine(device, dtype, compile, backend, config['parallel'], ranks)
+    print_memory(model, optimizer_bytes, config, device[0], dtype[0], compile[0], ranks, is_resumed)
+
+
+def print_model(origin, model, config):
+    """Prints where the model comes from, its size, and which settings it doesn't follow."""
+    text = (f'model: {origin}, number of parameters: {model.get_num_params() / 1e6:.2f}M, '
+            f'vocabulary {model.config.vocab_size}')
+    ignored = [f'{name}={config[name]}' for name, value in vars(model.config).items()
+               if name in config and name not in ('block_size', 'dropout')
+               and config[name] != value]
+    if ignored:
+        text += f' (ignored, as the weights have another value: {", ".join(ignored)})'
+    say(text)
+
+
+def print_data(data_dir, meta, tokens, config, ranks):
+    """Prints what is read: the dataset's size, and the tokens of an iteration and of the run."""
+    vocabulary = 'its own vocabulary' if meta else 'no meta.pkl: GPT-2 BPE'
+    say(f'data: {data_dir} ({vocabulary}), {len(tokens["train"]):,} train tokens and '
+        f'{len(tokens["val"]):,} val tokens')
+    steps, batch_size = config['gradient_accumulation_steps'], config['batch_size']
+    tokens_per_iter = steps * batch_size * config['block_size']
+    passes = config['max_iters'] * tokens_per_iter / len(tokens['train'])
+    say(f'tokens per iteration will be: {tokens_per_iter:,} = {steps // ranks} micro-batches x '
+        f'{ranks} processes x {batch_size} sequences x {config["block_size"]} tokens; '
+        f'{config["max_iters"]} iterations read the train tokens {passes:.2f} times')
+
+
+def print_machine(device, dtype, compile, backend=None, parallel='ddp', ranks=1):
+    """Prints what computes, and why. device, dtype and compile are (choice, reason) each."""
+    text = f'machine: {device[0]} ({device[1]})'
+    if device[0] == 'cpu':
+        text += f', {torch.get_num_threads()} threads'
+    text += f', {dtype[0]} ({dtype[1]})'
+    if compile[0] is not None:
+        text += ', compiled' if compile[0] else ', not compiled'
+        text += f' ({compile[1]})'
+    if backend:
+        text += f', {ranks} processes over {backend}, {parallel}'
+    elif parallel != 'ddp':
+        text += f'; parallel={parallel} needs several processes, so it has no effect'
+    say(text)
+
+
+def print_memory(model, optimizer_bytes, config, device, dtype, compile, ranks, is_resumed):
+    """Prints what training needs on each rank, as far as it can be known before."""
+    parallel = config['parallel'] if ranks > 1 else 'ddp'
+    num_params = model.get_num_params(False)
+    state_bytes, activation_bytes = machine.training_bytes(
+        model.config, num_params, optimizer_bytes, config['batch_size'], dtype,
+        torch.device(device).type, compile and parallel != 'fsdp',
+        config['activation_checkpointing'], parallel, ranks)
+    allocated = 4 * num_params
+    if is_resumed:
+        allocated += optimizer_bytes
+    allocated = state_bytes * allocated // (8 * num_params + optimizer_bytes)
+    machine.plan_memory(state_bytes, activation_bytes, allocated, device, ranks)
+
+
+# -----------------------------------------------------------------------------
+# while it trains
+def format_eval(metrics, with_perplexity):
+    """The line for an evaluation."""
+    val_loss = metrics['val/loss']
+    text = (f'step {metrics["iter"]}: train loss {metrics["train/loss"]:.4f}, '
+            f'val loss {val_loss:.4f}')
+    if with_perplexity:
+        text += f', perplexity {math.exp(min(val_loss, 700)):.2f}'
+    if 'val/bits_per_byte' in metrics:
+        text += f', {metrics["val/bits_per_byte"]:.4f} bits/byte'
+    return text
+
+
+def format_iter(iter_num, loss, dt, mfu, config, seconds_left):
+    """The progress line: dt is the seconds of an iteration; mfu and seconds_left may be None."""
+    sequences = config['gradient_accumulation_steps'] * config['batch_size']
+    text = f'iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu '
+    text += 'n/a' if mfu is None else f'{mfu * 100:.2f}%'
+    text += f', {sequences * config["block_size"] / dt:,.0f} tokens/s'
+    if seconds_left is not None:
+        text += f', {timedelta(seconds=round(seconds_left))} left'
+    return text
+
+
+# -----------------------------------------------------------------------------
+# the end
+def print_end(out_dir, path, iter_num, finished, eval_only, stop_signal, bad_steps, ranks):
+    """Prints how the run ended and what to do next, and returns the exit status.
+
+    path is the newest checkpoint, or None if it could not be saved.
+    """
+    status = 1
+    if finished:
+        status = 0
+    elif stop_signal:
+        status = 128 + stop_signal
+    if eval_only:
+        return status
+    if path is None:
+        report_error(f'the state after {iter_num} iterations could not be saved in {out_dir}',
+                     'what was saved before is still there')
+        return status or 1
+    if finished:
+        best = os.path.join(out_dir, checkpoint.BEST)
+        which = 'it'
+        if path != best and os.path.exists(best):  # sample.py prefers that one
+            which = f'the best, {best}'
+        script = short_path(os.path.join(ROOT, 'sample.py'))
+        say(f'saved {path} after {iter_num} iterations; sample from {which}: '
+            f'python {script} --out_dir={out_dir}')
+    elif stop_signal:
+        words = [word for word in sys.argv if not word.startswith('--init_from')]
+        command = shlex.join(['python', *words, '--init_from=resume'])
+        if ranks > 1:
+            command = 'the same command with --init_from=resume'
+        say(f'stopped by {signal.Signals(stop_signal).name} after {iter_num} iterations; '
+            f'saved {path}; to continue: {command}')
+    else:
+        report_error(f'{bad_steps} updates in a row had a gradient that is not finite; '
+                     f'the weights before them are in {path}',
+                     'try a lower --learning_rate, a smaller --grad_clip, a longer '
+                     '--warmup_iters, or --dtype=bfloat16 instead of float16')
+    return status

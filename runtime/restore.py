@@ -1,0 +1,136 @@
+"""
+From what a file has to a model and an optimizer.
+"""
+from dataclasses import MISSING, fields
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from runtime.console import fail, first_line, say
+from runtime.distributed import local_optimizer, shard_like
+
+
+def build_model(model_class, config_class, state, path, dropout=0.0, dtype=torch.float32):
+    """The model of a checkpoint that load() has read from path; fails if its parts don't fit.
+
+    The weights are copied out of the file, which may change or disappear.
+    """
+    weights = {name: tensor.to(dtype, copy=True) for name, tensor in state['model'].items()}
+    try:
+        args = {**state['model_args'], 'dropout': dropout, 'gelu': state.get('gelu', 'none')}
+        check_types(args, config_class)
+        return assemble(model_class, config_class(**args), weights)
+    except (TypeError, ValueError, RuntimeError) as e:
+        fail(f'{path} is not a readable checkpoint: {first_line(e)}', 'use another one')
+
+
+def check_types(args, config_class):
+    """ValueError if an argument isn't a field of the config, or has another type."""
+    kinds = {field.name: type(field.default) for field in fields(config_class)
+             if field.default is not MISSING}
+    for key, value in args.items():
+        kind = kinds.get(key)
+        allowed = (float, int) if kind is float else (kind,)
+        if type(value) not in allowed and not (key == 'bias' and kind):
+            raise ValueError(f'this model has no option {key} of type {type(value).__name__}')
+
+
+def assemble(model_class, config, weights):
+    """model_class(config) with these tensors as its weights, without a copy.
+
+    Nothing is initialized to be overwritten. RuntimeError if names or shapes don't fit.
+    """
+    with torch.device('meta'), SkipInit():
+        model = model_class(config)
+    tied = {}  # one tensor may have several names
+    for name, p in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(p), []).append(name)
+    model.load_state_dict(weights, assign=True)
+    for first, *others in tied.values():
+        for name in others:
+            module, _, attribute = name.rpartition('.')
+            setattr(model.get_submodule(module), attribute, model.get_parameter(first))
+    return model
+
+
+class SkipInit(TorchFunctionMode):
+    """Skips the functions of nn.init, which on meta tensors only import torch._dynamo, for 1 s."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, '__module__', None) == 'torch.nn.init':
+            return (kwargs or {}).get('tensor', args[0] if args else None)
+        return func(*args, **(kwargs or {}))
+
+
+def fit_block_size(model, block_size, init_from):
+    """Shortens the model's longest context to block_size; fails if it is shorter than that."""
+    longest = model.config.block_size
+    if block_size > longest:
+        fail(f'block_size={block_size} is larger than the {longest} of {init_from}',
+             f'use --block_size={longest} or less')
+    if block_size < longest:
+        model.crop_block_size(block_size)
+
+
+def load_optimizer(optimizer, scaler, checkpoint, path, config):
+    """Puts the optimizer's and the GradScaler's state of a checkpoint where they belong.
+
+    path is the checkpoint's file. Of the optimizer's settings only weight_decay, betas and
+    momentum are used, and a line says so if config has others. The rest says how an update is
+    computed on a device, not what it is. If block_size has cut the table of positions, its moments
+    are cut, too.
+    """
+    if 'scaler' in checkpoint:
+        scaler.load_state_dict(checkpoint['scaler'])
+    state = checkpoint.get('optimizer')
+    if state is None:
+        fail(f'{path} has no optimizer state', 'you can sample from it, but not resume it')
+    local = local_optimizer(optimizer)
+    params = [p for group in optimizer.param_groups for p in group['params']]
+    local_params = {p for group in local.param_groups for p in group['params']}
+    muon_params = {p for group in optimizer.param_groups if 'momentum' in group
+                   for p in group['params']}
+    moments_dtype = getattr(local, 'moments_dtype', torch.float32)
+    try:
+        if len(state['param_groups']) != len(optimizer.param_groups):
+            raise ValueError('it is of another --optim')
+        for saved, group in zip(state['param_groups'], optimizer.param_groups):
+            group['weight_decay'] = float(saved['weight_decay'])
+            beta1, beta2 = map(float, saved['betas'])
+            group['betas'] = (beta1, beta2)
+            if 'momentum' in group:
+                group['momentum'] = float(saved['momentum'])
+            if moments_dtype == torch.bfloat16 and group['betas'][1] > 0.99:
+                raise ValueError(f'moments in bfloat16 stand still with beta2={group["betas"][1]}')
+        for i, p in enumerate(params if state['state'] else []):  # empty before the first update
+            moments = {key: value[:len(p)] if value.dim() else value
+                       for key, value in state['state'][i].items()}
+            expected = {'step': (), 'exp_avg': p.shape, 'exp_avg_sq': p.shape}
+            if p in muon_params:
+                expected = {'momentum_buffer': p.shape}
+            if {key: value.shape for key, value in moments.items()} != expected:
+                raise ValueError(f'it has other moments for a weight of shape {(*p.shape,)}')
+            if p not in local_params:
+                continue
+            local.state[p] = {}
+            for key, value in moments.items():
+                dtype = moments_dtype if value.dim() else torch.float32
+                value = value.to(p.device, dtype, copy=True)  # the file may change or disappear
+                local.state[p][key] = shard_like(value, p)
+    except Exception as e:  # it may have anything in it
+        fail(f'the optimizer state in {path} does not fit its weights ({first_line(e)})',
+             'use the --optim of that run, or another checkpoint')
+    print_overruled(optimizer, config)
+
+
+def print_overruled(optimizer, config):
+    """Prints which settings of the optimizer come from the checkpoint instead of the config."""
+    group = optimizer.param_groups[0]
+    momentum = optimizer.param_groups[-1].get('momentum')
+    wanted = config['weight_decay'], (config['beta1'], config['beta2'])
+    if (group['weight_decay'], group['betas']) == wanted and momentum in (None, config['momentum']):
+        return
+    text = f'weight_decay={group["weight_decay"]}, betas={group["betas"]}'
+    if momentum is not None:
+        text += f', momentum={momentum}'
+    say(f'{text} come from the checkpoint, not from the settings')

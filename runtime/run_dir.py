@@ -1,0 +1,189 @@
+"""
+The folder that a run writes to: its lock, metrics.jsonl, and checkpoints saved in the background.
+"""
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+
+import torch
+
+from runtime import checkpoint
+from runtime.checkpoint import BEST, LAST
+from runtime.console import ROOT, fail, first_line, say, warn
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two runs out of one folder there
+    fcntl = None
+
+METRICS = 'metrics.jsonl'
+PREVIOUS = 'previous'
+
+
+class RunDir:
+    """A run's folder, locked against other runs until it is closed or the process ends.
+
+    A thread writes the checkpoints while training continues. A write that fails doesn't end the
+    run: a warning is printed, the earlier files stay as they are, and the checkpoint is written
+    again at the next save.
+    """
+
+    def __init__(self, path):
+        """Locks the folder, if it exists; fails if another run has locked it."""
+        self.path = path
+        self.lock = None
+        self.newest = None  # the name of the file that has, or will have, the newest state
+        self.unsaved = {}  # {file name: state} not yet written
+        self.written = {}  # {file name: iter_num}
+        self.thread = None
+        self.can_log = True
+        if os.path.isdir(path):
+            self.acquire_lock()
+
+    def begin(self, fresh, **origin):
+        """Makes the folder and logs what makes this run.
+
+        Removes what a crash left unfinished. With fresh=True, moves an earlier run to previous/.
+        """
+        try:
+            os.makedirs(self.path, exist_ok=True)
+            self.acquire_lock()
+            for name in (BEST, LAST):
+                unfinished = os.path.join(self.path, name + '.tmp')
+                if os.path.exists(unfinished):
+                    os.remove(unfinished)
+            if fresh and move_earlier_run(self.path):
+                say(f'{self.path} already had a run: its checkpoints and metrics are now in '
+                    f'{os.path.join(self.path, PREVIOUS)}')
+            open(os.path.join(self.path, METRICS), 'a').close()
+        except OSError as e:
+            fail(f'{self.path!r} cannot be written to ({e.strerror})',
+                 'name another folder with --out_dir')
+        self.log(event='run', argv=sys.argv, python=platform.python_version(),
+                 torch=torch.__version__, commit=read_commit(), **origin)
+
+    def acquire_lock(self):
+        if self.lock is not None or not fcntl:
+            return
+        # NFS locks only files that are open for writing, so a folder that can't be locked itself
+        # gets a file for it
+        for name, flags in (('.', os.O_RDONLY), ('.lock', os.O_RDWR | os.O_CREAT)):
+            try:
+                self.lock = os.open(os.path.join(self.path, name), flags)
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                fail(f'another run is writing to {self.path}',
+                     'stop it first, or name another folder with --out_dir')
+            except OSError as e:
+                reason = e.strerror
+        warn(f'{self.path} cannot be locked ({reason}), so nothing keeps a second run out of it')
+
+    def log(self, **event):
+        """Appends the event to metrics.jsonl, as one line of JSON."""
+        line = json.dumps(event).encode() + b'\n'
+        try:
+            with open(os.path.join(self.path, METRICS), 'ab+') as f:
+                if f.tell():
+                    f.seek(-1, os.SEEK_END)
+                    if f.read() != b'\n':  # a crash cut off the last line
+                        f.write(b'\n')
+                f.write(line)
+            self.can_log = True
+        except OSError as e:
+            if self.can_log:  # one warning is enough
+                warn(f'{METRICS} in {self.path} could not be written ({e.strerror}); '
+                     'training continues')
+            self.can_log = False
+
+    def save(self, state, best, copied=True):
+        """Has the thread write the state to ckpt.pt (best) or ckpt_last.pt.
+
+        It waits for the previous save first. The state must not change any more. A state that
+        isn't copied will change, so save() then waits, and doesn't keep it for another try.
+        """
+        self.wait()
+        self.newest = BEST if best else LAST
+        if best:
+            self.unsaved.pop(LAST, None)  # it is older
+        self.unsaved[self.newest] = state
+        self.thread = threading.Thread(target=self.write)
+        self.thread.start()
+        if not copied:
+            self.wait()
+            if self.newest in self.unsaved:
+                self.unsaved[self.newest] = None
+
+    def write(self):
+        """Writes the states that are not yet written, the newest first. The thread runs it."""
+        for name in sorted(self.unsaved, key=lambda name: name != self.newest):
+            state = self.unsaved[name]
+            if state is None:
+                continue
+            try:
+                if not os.path.isdir(self.path):
+                    warn(f'{self.path} has disappeared; creating it again')
+                    os.makedirs(self.path)
+                    self.lock = None
+                    self.acquire_lock()
+                checkpoint.save(state, self.path, best=name == BEST)
+                self.written[name] = state['iter_num']
+                if name == BEST and self.written.get(LAST, 0) <= state['iter_num']:
+                    checkpoint.remove_last(self.path)
+                del self.unsaved[name]
+            except (OSError, RuntimeError) as e:
+                while e.__context__:  # torch's writer hides the system's error behind its own
+                    e = e.__context__
+                warn(f'{name} could not be saved in {self.path} ({first_line(e)}); '
+                     'training continues, and the next save tries again')
+
+    def wait(self):
+        """Waits until the thread has written everything, or could not."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+
+    def close(self):
+        """Waits for the last save and unlocks the folder.
+
+        Returns the path of the newest checkpoint, or None if it could not be saved.
+        """
+        self.wait()
+        if self.lock is not None:
+            os.close(self.lock)
+        if self.newest in self.unsaved:
+            return None
+        return os.path.join(self.path, self.newest)
+
+
+def move_earlier_run(out_dir):
+    """Moves an earlier run's files to out_dir/previous; returns whether there were any.
+
+    They replace what is in previous/. A run without a checkpoint is not worth that: its metrics
+    stay, and the new ones are added to them. What a crash interrupts is completed at the next
+    start.
+    """
+    previous = os.path.join(out_dir, PREVIOUS)
+    unfinished = previous + '.new'
+    if not checkpoint.exists(out_dir) and not os.path.exists(unfinished):
+        return False
+    os.makedirs(unfinished, exist_ok=True)
+    for name in (BEST, LAST, METRICS):
+        if os.path.exists(os.path.join(out_dir, name)):
+            os.replace(os.path.join(out_dir, name), os.path.join(unfinished, name))
+    shutil.rmtree(previous, ignore_errors=True)
+    os.replace(unfinished, previous)
+    return True
+
+
+def read_commit():
+    """The git commit of this repository; '' if git or the repository isn't there."""
+    command = ['git', '-C', ROOT, 'rev-parse', 'HEAD']
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ''
