@@ -31,7 +31,7 @@ import torch
 from model import GPT, GPTConfig
 from runtime import checkpoint, kernels, machine, optimizers, report, settings, timing
 from runtime.console import ROOT, fail, format_bytes
-from runtime.dataset import check_ids, locate_data, move_to_device, open_bin
+from runtime.dataset import DataOrder, check_ids, locate_data, move_to_device, open_bin
 from runtime.tokenizer import read_meta
 
 # what to measure
@@ -116,8 +116,12 @@ if activation_checkpointing:
 model.to(device, ptdtype if is_sampling else torch.float32)
 
 
+optimizer = GPT.configure_optimizers(model, 0.1, 1e-4, (0.9, 0.95), device_type)
+optimizer = optimizers.specialize(optimizer, optim, moments_dtype, 0.95, model)
+optimizer_bytes = optimizers.count_state_bytes(optimizer)
+
+
 def memory_needed(batch_size):
-    optimizer_bytes = 8 * model.get_num_params(False)
     return sum(machine.training_bytes(
         model.config, model.get_num_params(False), optimizer_bytes, batch_size, dtype, device_type,
         compile, activation_checkpointing))
@@ -145,19 +149,14 @@ def get_batch(starts):
     rows = windows[starts]
     check_ids(rows, vocab_size, 'the data')
     rows = move_to_device(rows, device)
-    return rows[:, :-1], rows[:, 1:].contiguous()
+    return rows[:, :-1], rows[:, 1:].clone()
 
 
 def prepare_data():
     """A batch, drawn and read as train.py does."""
-    philox, iterations = np.random.Philox(key=seed), itertools.count()
-    state = philox.state
-
-    def work():
-        state['state']['counter'][3] = next(iterations)
-        philox.state = state
-        return get_batch(philox.random_raw(batch_size) % len(windows))
-    return work
+    order = DataOrder('random', seed, len(tokens), block_size, batch_size, 1)
+    iterations = itertools.count()
+    return lambda: get_batch(order.get_starts(next(iterations), 0))
 
 
 def prepare_slices():
@@ -176,7 +175,9 @@ def prepare_training(model, compute_loss):
     if isinstance(model, GPT):
         optimizer = optimizers.specialize(optimizer, optim, moments_dtype, 0.95, model)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-    called_model = torch.compile(model) if compile else model
+    called_model = model
+    if compile:  # transformers' model has nothing of ours
+        called_model = kernels.compile_model(model)
     next_batch = prepare_data()
 
     def work():
@@ -282,7 +283,7 @@ if what == 'decode':  # each token needs all the weights once
     result.update(timing.print_read_share(times, max_new_tokens, num_bytes, device))
 if memory:
     print(f'{"peak memory":26} {format_bytes(memory):>12}')
-line = f'\ntime per iteration: {1000 * dt:.4f} ms'
+mfu = 'n/a'
 if what == 'train':
     peak_flops = machine.device_peak_flops(device)
     result.update(loss=ours().item(), mfu=None)
@@ -290,6 +291,5 @@ if what == 'train':
     if peak_flops:
         result['mfu'] = model.estimate_mfu(batch_size, dt, peak_flops)
         mfu = f'{100 * result["mfu"]:.2f}%'
-    line += f', MFU: {mfu}'
-print(line)
+print(f'\ntime per iteration: {1000 * dt:.4f} ms, MFU: {mfu}')
 print(json.dumps(result))

@@ -1,8 +1,8 @@
 """
 The GPT-2 model (Radford et al. 2019), in plain PyTorch.
 
-The scripts replace some parts of the model by faster ones with the same result, by accelerate() in
-runtime/kernels.py. A part that you change here is never replaced.
+For speed, accelerate() in runtime/kernels.py replaces some of the modules below with others of the
+same result. A module that you change here is never replaced.
 
 Shapes in the comments: B batch, T time, C = n_embd, nh heads, hs = C / nh head size, V vocabulary.
 """
@@ -25,7 +25,7 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # in linear layers and LayerNorms, as in GPT-2; False is a bit better, faster
     gelu: str = 'none'  # F.gelu's approximate=: 'none' is exact, OpenAI trained GPT-2 with 'tanh'
-    # newer options, off by default
+    # newer options, off by default. A new one also goes into train.py: as a setting and to GPT(...)
     rope_base: float = 0.0  # base of rotary positions; 0: learned positions
     qk_norm: bool = False  # normalize queries and keys
     relu2: bool = False  # squared ReLU instead of GELU
@@ -37,7 +37,7 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}')
         if self.rope_base < 0 or self.rope_base and self.n_embd // self.n_head % 2:
-            raise ValueError(f'rope_base={self.rope_base} must be above 0, and heads of even size')
+            raise ValueError(f'rope_base={self.rope_base} is negative, or the head size is odd')
 
 
 class RotaryPositions(nn.Module):
@@ -97,7 +97,7 @@ class SquaredReLU(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU (https://arxiv.org/abs/1606.08415) between, (B, T, C)."""
+    """Two linear layers and an activation, (B, T, C). GELU: https://arxiv.org/abs/1606.08415"""
 
     def __init__(self, config):
         super().__init__()
@@ -166,7 +166,7 @@ class GPT(nn.Module):
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
-        if getattr(module, 'bias', None) is not None:
+        if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
     def embed(self, idx):
@@ -213,7 +213,9 @@ class GPT(nn.Module):
         """
         try:
             from runtime import inference  # here: this file works without it, too
-        except ModuleNotFoundError:
+        except ImportError:
+            if options:
+                raise TypeError(f'{sorted(options)} need runtime/inference.py') from None
             inference = None
         if inference:
             return inference.generate(self, idx, max_new_tokens, temperature, top_k, **options)
@@ -233,7 +235,7 @@ class GPT(nn.Module):
         if block_size > self.config.block_size:
             raise ValueError(f'{block_size} is more than block_size={self.config.block_size}')
         self.config.block_size = block_size
-        if not self.config.rope_base:  # a clone: torch.save would write the whole table of a slice
+        if not self.config.rope_base:  # a clone: else torch.save writes the whole old table
             table = self.transformer.wpe.weight[:block_size].detach().clone()
             self.transformer.wpe.weight = nn.Parameter(table)
 
@@ -246,30 +248,28 @@ class GPT(nn.Module):
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
     def get_num_params(self, non_embedding=True):
-        """The number of parameters, wte included: it is the output layer, too. wpe is not."""
-        left_out = non_embedding and not self.config.rope_base
-        positions = self.transformer.wpe.weight.numel() if left_out else 0
+        """The number of parameters. non_embedding leaves out wpe, but not wte."""
+        skip_wpe = non_embedding and not self.config.rope_base
+        positions = self.transformer.wpe.weight.numel() if skip_wpe else 0
         return sum(p.numel() for p in self.parameters()) - positions
 
     def flops_per_token(self):
-        """FLOPs of a token's two passes: PaLM, https://arxiv.org/abs/2204.02311, appendix B."""
+        """Training FLOPs of a token: PaLM, https://arxiv.org/abs/2204.02311, appendix B."""
         c = self.config
         tables = (c.bigrams + (not c.tied) * c.vocab_size) * c.n_embd  # looked up, not multiplied
         matmuls = 6 * (self.get_num_params() - tables)
         return matmuls + 12 * c.n_layer * c.n_embd * c.block_size
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
-        """Model FLOPs utilization, if fwdbwd_per_iter sequences took dt seconds on an A100."""
+        """Model FLOPs utilization of fwdbwd_per_iter sequences in dt seconds; default: an A100."""
         return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
 
     @classmethod
     def from_pretrained(cls, model_type, override_args=None, dtype=torch.float32):
-        """A GPT with OpenAI's weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl.
-
-        Or with those of a folder saved by transformers. override_args may set {'dropout': p}.
-        """
+        """A GPT with the weights of gpt2, gpt2-medium, gpt2-large, gpt2-xl or a saved folder."""
         from runtime import huggingface, restore  # here: all else in this file works without it
-        config_args, weights = huggingface.read_weights(model_type, dtype)
-        if set(override_args or ()) - {'dropout'}:
+        override_args = override_args or {}
+        if set(override_args) - {'dropout'}:
             raise ValueError(f'only dropout can be overridden, not {sorted(override_args)}')
-        return restore.assemble(cls, GPTConfig(**config_args, **(override_args or {})), weights)
+        config_args, weights = huggingface.read_weights(model_type, dtype)
+        return restore.assemble(cls, GPTConfig(**config_args, **override_args), weights)

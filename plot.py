@@ -64,7 +64,7 @@ def positions(events, iterations, x):
 
 
 def draw(runs, png, x='iter'):
-    """Draws the metrics of the runs, a list of folders, to the file png; one colour per run.
+    """Draws the metrics of the runs, a list of folders, to the file png; one color per run.
 
     It returns matplotlib's figure.
     """
@@ -74,22 +74,22 @@ def draw(runs, png, x='iter'):
     loss_panel, lr_panel, norm_panel, speed_panel = panels
     for number, out_dir in enumerate(runs):
         iterations, evaluations = read_metrics(out_dir)
-        colour = f'C{number}'
+        color = f'C{number}'
         name = os.path.basename(os.path.normpath(out_dir))
         iter_x = positions(iterations, iterations, x)
         eval_x = positions(evaluations, iterations, x)
-        loss_panel.plot(iter_x, [e['loss'] for e in iterations], color=colour, alpha=0.25,
+        loss_panel.plot(iter_x, [e['loss'] for e in iterations], color=color, alpha=0.25,
                         linewidth=0.8, label=f'{name}, train, per batch')
-        loss_panel.plot(eval_x, [e['train/loss'] for e in evaluations], '--', color=colour,
+        loss_panel.plot(eval_x, [e['train/loss'] for e in evaluations], '--', color=color,
                         label=f'{name}, train')
-        loss_panel.plot(eval_x, [e['val/loss'] for e in evaluations], '.-', color=colour,
+        loss_panel.plot(eval_x, [e['val/loss'] for e in evaluations], '.-', color=color,
                         label=f'{name}, val')
         rates = [e['lr'] for e in iterations]
         norms = [e['grad_norm'] for e in iterations]
         norms = [float('nan') if norm is None else norm for norm in norms]
         speeds = [e['tokens_per_iter'] / e['ms'] * 1000 for e in iterations]
         for panel, values in ((lr_panel, rates), (norm_panel, norms), (speed_panel, speeds)):
-            panel.plot(iter_x, values, color=colour, linewidth=0.8)
+            panel.plot(iter_x, values, color=color, linewidth=0.8)
     titles = ('loss (nats per token)', 'learning rate', 'gradient norm', 'tokens/s')
     xlabels = {'iter': 'iterations', 'tokens': 'tokens', 'seconds': 'seconds of training'}
     for panel, title in zip(panels, titles):

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from model import GPT, GPTConfig
-from runtime import checkpoint, huggingface, inference, kernels, machine, restore, settings
+from runtime import checkpoint, huggingface, inference, kernels, machine, report, restore, settings
 from runtime.console import ROOT, fail, note
 from runtime.tokenizer import TextStream, get_tokenizer, parse_stops, read_prompt
 
@@ -162,7 +162,7 @@ rows = 1
 if not stream and not interactive:
     rows = inference.choose_rows(model, prompt_length, max_new_tokens, num_samples,
                                  machine.free_memory(device))
-note(f'memory: {inference.describe_memory(model, prompt_length, max_new_tokens, rows)}')
+note(f'memory: {report.describe_memory(model, prompt_length, max_new_tokens, rows)}')
 if compile:
     model.forward = torch.compile(model.forward)
 elif device_type == 'cpu':

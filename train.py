@@ -33,7 +33,7 @@ from runtime.tokenizer import mean_bytes, read_meta
 out_dir = 'out'  # folder for checkpoints, metrics.jsonl and loss.png
 eval_interval = 2000  # iterations between evaluations; each one also saves the run's state
 log_interval = 1  # iterations between progress lines
-eval_iters = 200  # batches per evaluation of a split; 0: all of val, and as much of train
+eval_iters = 200  # batches per evaluation of a split; 0: all of val, the same amount of train
 eval_only = False  # evaluate, print the losses and exit
 always_save_checkpoint = True  # ckpt.pt at every evaluation; False: only at the best val loss
 save_interval = 0  # iterations between additional saves, to ckpt_last.pt; 0: none
@@ -75,9 +75,9 @@ max_bad_steps = 10  # stop after this many updates in a row with NaN or infinite
 # learning rate schedule
 decay_lr = True  # use the schedule; False: learning_rate all the time
 lr_schedule = 'cosine'  # cosine | wsd (warm up, stay, decay linearly)
-decay_share = 0.5  # share of lr_decay_iters in which wsd decays
+decay_share = 0.5  # wsd decays in this last share of lr_decay_iters
 warmup_iters = 2000
-lr_decay_iters = 600000  # about max_iters, as in Chinchilla
+lr_decay_iters = 600000  # min_lr from here on; about max_iters, as in Chinchilla
 min_lr = 6e-5  # final learning rate, about learning_rate / 10, as in Chinchilla
 # several processes, and memory
 parallel = 'ddp'  # ddp (copies) | zero1 (shards optimizer state) | fsdp (shards the weights, too)
@@ -123,8 +123,8 @@ if init_from == 'scratch':
         qk_norm=qk_norm, relu2=relu2, tied=tied, bigrams=bigrams, embd_conv=embd_conv))
     origin = 'from scratch'
 elif init_from == 'resume':
-    load = checkpoint.load_best if eval_only else checkpoint.load_newest
-    state, path = load(out_dir)
+    load_state = checkpoint.load_best if eval_only else checkpoint.load_newest
+    state, path = load_state(out_dir)
     check_vocabulary(meta, state, data_dir, path)
     model = restore.build_model(GPT, GPTConfig, state, path, dropout)
     origin = f'resumed from {path} at iteration {state["iter_num"]}'
@@ -136,15 +136,16 @@ elif huggingface.is_huggingface(init_from):
 else:
     fail(f'init_from={init_from!r} is not known', 'use scratch, resume, auto, gpt2, gpt2-medium, '
          'gpt2-large, gpt2-xl or a folder saved by transformers')
+distributed.check_iterations(state.get('iter_num', 0), out_dir)
 restore.fit_block_size(model, block_size, init_from)
-kernels.accelerate(model, device_type, dtype)
+kernels.accelerate(model, device_type, dtype)  # faster parts, except those that you changed
 if activation_checkpointing:
     kernels.recompute_blocks(model)
-# raw_model is the GPT, for saving and generating. model is its compiled or DDP form, for the loop
+# raw_model is the GPT itself. model is its compiled or DDP form, which the loop calls
 raw_model = distributed.shard_model(model, device, parallel, dtype, compile)
 model = raw_model
 if compile and not distributed.is_sharded(model):
-    model = torch.compile(model)
+    model = kernels.compile_model(model)
 model = distributed.wrap(model, device, parallel)
 
 # -----------------------------------------------------------------------------
@@ -161,7 +162,6 @@ best_val_loss = state.get('best_val_loss', math.inf)
 wandb_id = state.get('wandb_id')
 was_finished = state.get('finished', False)
 state = None  # frees the memory
-distributed.check_iterations(iter_num, out_dir)
 
 # -----------------------------------------------------------------------------
 # the data: windows[split][i] are the tokens i to i + block_size, read from the file when used
@@ -240,7 +240,7 @@ def get_lr(it):
 def save_checkpoint(is_best, finished=False):
     """Saves all that a resumed run needs, in nanoGPT's format. All ranks must call it."""
     if run_dir:
-        run_dir.wait()  # for the last save: the memory has room for one copy of the state
+        run_dir.wait()  # until the save before is written: memory has room for one copy
     # training continues while a thread writes the copy; without room for a copy it waits
     copy = machine.has_room(4 * raw_model.get_num_params(False) + state_bytes, device)
     weights = raw_model.state_dict(keep_vars=True)
@@ -287,7 +287,7 @@ if run_dir:
 if not eval_only:
     signals.catch()
 micro_steps = gradient_accumulation_steps // ddp_world_size
-exact_eval = eval_only or eval_iters == 0  # then perplexity and bits per byte are printed, too
+exact_eval = eval_only or eval_iters == 0  # it also prints perplexity and bits per byte
 token_bytes = mean_bytes(tokens['val'][1:], meta) if exact_eval else None
 peak_flops = machine.device_peak_flops(device)
 first_iter = iter_num
@@ -296,8 +296,8 @@ bad_steps = optimizers.BadSteps(device)  # counts skipped updates on the device
 gc.freeze()  # the garbage collector need not look at all these objects again and again
 X, Y = get_train_batch(iter_num, 0)
 eval_seconds = 0.0  # of the last evaluation
-timed_from = iter_num  # the first iteration that t0 is about
-t0 = time.perf_counter()
+losses = None
+t0, timed_from = time.perf_counter(), iter_num  # from here on the next progress line counts
 while True:
     last_step = iter_num >= max_iters
     lr = get_lr(iter_num) if decay_lr else learning_rate
@@ -325,7 +325,7 @@ while True:
             run_dir.log(event='eval', **metrics)
         if wandb_run:
             try_or_warn('wandb', wandb_run.log, metrics)
-        # nothing to save if no iteration has run since the start
+        # only if there is something new: an iteration, the end, or a best loss
         if iter_num > first_iter or last_step or (is_best and iter_num > 0):
             save_checkpoint(is_best or always_save_checkpoint, finished=last_step)
         eval_seconds = time.perf_counter() - eval_start
@@ -392,5 +392,4 @@ status = report.print_end(out_dir, path, iter_num, finished, eval_only, stop_sig
                           bad_steps.in_a_row, ddp_world_size)
 if wandb_run:
     try_or_warn('wandb', wandb_run.finish)
-signals.release()
-distributed.shutdown(status)
+distributed.shutdown(status, signals.release)

@@ -82,7 +82,7 @@ if activation_checkpointing:
 model = distributed.shard_model(model, 'cpu', parallel, dtype)
 raw_model = model
 optimizer = raw_model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), 'cpu')
-optimizer = optimizers.specialize(optimizer, 'adamw', moments_dtype, 0.95, [])
+optimizer = optimizers.specialize(optimizer, 'adamw', moments_dtype, 0.95, model)
 optimizer = distributed.shard_optimizer(optimizer, parallel)
 model = distributed.wrap(model, 'cpu', parallel)
 

@@ -62,10 +62,7 @@ def check_restarts(init_from, eval_only):
 
 
 def init(backend, device):
-    """Joins the process group and returns its backend; None with one process.
-
-    'auto' is nccl on GPUs and gloo on CPUs.
-    """
+    """Joins the process group and returns its backend; None with one process."""
     global _group, _vote
     device = torch.device(device)
     if device.index is not None:
@@ -163,10 +160,8 @@ def wrap(model, device, parallel):
 
 
 def sync_gradients(model, now):
-    """The context of a micro-step: ddp sends the gradients only in the last one, as their sum.
-
-    fsdp sends them in each micro-step; otherwise each rank would have to store all of them.
-    """
+    """The context of a micro-step: ddp sends the gradients only in the last one, as their sum."""
+    # fsdp sends them in each one; otherwise each rank would have to store all of them
     return nullcontext() if now or not hasattr(model, 'no_sync') else model.no_sync()
 
 
@@ -262,7 +257,7 @@ def check_iterations(iter_num, out_dir):
              'out_dir must be a folder that all machines share, or the same on each', who='rank')
 
 
-_group, _vote = None, None  # for agree(): a process group on CPUs, and the vote under way
+_group, _vote = None, None  # for agree(): a process group on CPUs, and the last vote
 
 
 def agree(numbers):
@@ -284,8 +279,10 @@ def agree(numbers):
     return tuple(ballot.tolist())
 
 
-def shutdown(status=0):
-    """Ends the process with this exit status, together with the other ranks."""
+def shutdown(status=0, release_signals=None):
+    """Ends the process with this exit status, together with the other ranks.
+
+    Before all of them are here, a signal must not end one: rank 0 may be saving."""
     if dist.is_initialized():
         if _vote:
             _vote[1].wait()
@@ -296,4 +293,6 @@ def shutdown(status=0):
         # DDP leaves gloo's threads running. One of them that frees a tensor while Python shuts
         # down aborts the process (seen in one of some 50 short runs)
         os._exit(status)
+    if release_signals:
+        release_signals()
     sys.exit(status)

@@ -200,6 +200,10 @@ def write_folder(config, weights, hf_dir, meta=None):
                if field.name not in known and getattr(config, field.name) != field.default]
     if options:
         fail(f"GPT-2's format cannot express {', '.join(options)}", 'share the checkpoint instead')
+    unknown = set(weights) - set(list_tensors(vars(config))) - {'lm_head.weight'}
+    if unknown:
+        fail(f"GPT-2's format cannot express {', '.join(sorted(unknown))[:200]}",
+             'share the checkpoint instead')
     tokenizer = make_tokenizer(meta)
     vocab_size = len(tokenizer)
     if vocab_size > config.vocab_size:

@@ -1,16 +1,20 @@
 """
 Generating text with a KV cache: prefill, decoding, sampling a token, and CUDA graphs.
 
-The model is used as it is. For the time of a step, some of its parts are exchanged for parts that
-know the cache: attention sees the earlier keys and values, positions continue where the cache ends,
-and embeddings that look at previous tokens get those.
+For the time of a step, some parts of the model are exchanged for parts that know the cache:
+attention sees the earlier keys and values, and positions and embeddings continue where it ends.
 """
+import functools
+
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from runtime.console import format_bytes
-from runtime.kernels import is_unchanged
+from runtime import kernels
+from runtime.console import note
+from runtime.originals import has_digest, is_patched, is_unchanged
+
+note_once = functools.lru_cache(None)(note)
 
 
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None):
@@ -95,14 +99,6 @@ def choose_rows(model, prompt_length, max_new_tokens, num_samples, free_bytes):
     prompt_bytes = 4 * (16 * c.n_embd * min(c.block_size, prompt_length) + 4 * c.vocab_size)
     row_bytes = 2 * cache_bytes(model, prompt_length, max_new_tokens) + prompt_bytes
     return max(1, min(num_samples, free_bytes // 2 // row_bytes))
-
-
-def describe_memory(model, prompt_length, max_new_tokens, rows):
-    """One line about the memory of the weights and the KV cache."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    cache = cache_bytes(model, prompt_length, max_new_tokens)
-    return (f'{format_bytes(weights)} of weights; batch of {rows}, '
-            f'KV cache of {format_bytes(cache)} per sample')
 
 
 # -----------------------------------------------------------------------------
@@ -253,13 +249,23 @@ class CachedModel:
 
 
 def can_cache(model):
-    """Whether the model has the parts that CachedModel exchanges, each unchanged, in one place."""
+    """Whether CachedModel was written for this model; if not, one line says so."""
     blocks = getattr(getattr(model, 'transformer', None), 'h', ())
     attns = [getattr(block, 'attn', None) for block in blocks]
-    parts = [getattr(attn, 'attention', None) for attn in attns]
-    if not all(isinstance(part, nn.Module) and is_unchanged(part, 'Attention') for part in parts):
-        return False
-    return len(set(attns)) == len(attns) > 0
+    methods_fit = has_digest(model, 'GPT.forward') and has_digest(model, 'GPT.embed')
+    is_known = methods_fit and 0 < len(attns) == len(set(attns))  # shared ones would mix up keys
+    for block, attn in zip(blocks, attns):
+        is_known = is_known and (has_digest(block, 'Block.forward')
+                                 and has_digest(block.mlp, 'MLP.forward')
+                                 and is_unchanged(attn, 'CausalSelfAttention')
+                                 and is_unchanged(attn.rotary, 'RotaryPositions')
+                                 and (is_unchanged(attn.attention, 'Attention')
+                                      or type(attn.attention) is kernels.Attention
+                                      and not is_patched(attn.attention)))
+    if not is_known:
+        note_once('the attention or the forward pass of this model was changed or has a hook, '
+                  'so it generates without a KV cache')
+    return is_known
 
 
 def make_cuda_graph(decode, new, cache):

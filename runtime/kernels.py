@@ -4,13 +4,8 @@ Faster forms of parts of the model, with the same meaning, and accelerate(), whi
 A part is replaced only if it is exactly the one that its fast form was written for. A part that was
 edited, patched, subclassed or hooked runs as it is written.
 """
-import ast
 import functools
-import hashlib
-import inspect
 import math
-import textwrap
-import types
 
 import torch
 import torch.nn as nn
@@ -19,18 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from runtime.console import note
-
-# digests of the methods in model.py that a fast form stands for; tests/test_kernels.py prints the
-# new one after a change. Make the fast form equal to the new source first
-DIGESTS = {
-    'Attention.forward': '7db0df26a98fde3e',
-    'SquaredReLU.forward': '01d2c05b81ff4713',
-    'LossHead.forward': '14226b202082788e',
-    'GPT.forward': 'a2afd0c38f1c5f06',
-}
-# the functions of torch that the replaced methods call
-FUNCTIONS = {'Attention': 'scaled_dot_product_attention', 'SquaredReLU': 'relu',
-             'LossHead': 'cross_entropy', 'Dropout': 'dropout'}
+from runtime.originals import is_unchanged
 
 
 def accelerate(model, device_type, dtype):
@@ -59,51 +43,13 @@ def accelerate(model, device_type, dtype):
             setattr(parent, name, replacements[part])
     if device_type == 'cpu' and dtype == 'bfloat16':
         drop = getattr(model.transformer, 'drop', None)
-        if type(drop) is Dropout and is_unchanged(model, 'GPT'):
+        if not is_unchanged(model, 'GPT'):
+            changed.add(type(model).__name__)
+        elif type(drop) is Dropout:
             model.transformer.drop = EmbeddingDropout(drop).train(drop.training)
     if changed:
-        note(f'model: {", ".join(sorted(changed))} runs as you wrote it, '
-             'because its faster form would not include your change')
-
-
-def is_unchanged(module, kind):
-    """Whether this is the class `kind` of model.py, or nn.Dropout, and computes what it did."""
-    cls = type(module)
-    if is_patched(module) or kind in FUNCTIONS and not is_torchs(getattr(F, FUNCTIONS[kind])):
-        return False
-    if kind == 'Dropout':
-        return cls is nn.Dropout and is_torchs(cls.forward)
-    if cls is Attention:  # the fast form
-        return kind == 'Attention'
-    return cls.__name__ == kind and digest(cls.forward) == DIGESTS[f'{kind}.forward']
-
-
-def is_patched(module):
-    """Whether this module has hooks or a forward() of its own."""
-    hooks = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
-    return 'forward' in vars(module) or any(getattr(module, name) for name in hooks)
-
-
-def is_torchs(function):
-    """Whether torch defines this function, so it isn't a patch."""
-    return function.__module__.startswith('torch.') and not hasattr(function, '__wrapped__')
-
-
-@functools.lru_cache(None)
-def digest(function):
-    """A digest of a function's code without comments and docstring; '' if it can't be found."""
-    if not isinstance(function, types.FunctionType) or hasattr(function, '__wrapped__'):
-        return ''
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, SyntaxError):
-        return ''
-    if not isinstance(tree.body[0], ast.FunctionDef):  # a lambda in a statement
-        return ''
-    body = tree.body[0].body
-    if ast.get_docstring(tree.body[0]) is not None:
-        del body[0]
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
+        note(f'model: {", ".join(sorted(changed))} computes what you wrote, '
+             'because the faster form would not include your change')
 
 
 # -----------------------------------------------------------------------------
@@ -249,24 +195,17 @@ class LossHead(nn.Module):
         self.plain = loss_head
 
     def forward(self, lm_head, x, targets, return_logits):
-        device_type = x.device.type
-        dtype = x.dtype
+        device_type, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
         # in float16 gradients that are computed before the loss is scaled would vanish
         if (return_logits or torch.compiler.is_compiling() or dtype == torch.float16
-                or not is_plain_linear(lm_head)
+                or not is_unchanged(lm_head, 'Linear') or lm_head.bias is not None
                 or targets.numel() * lm_head.out_features <= 2 ** 22):
             return self.plain(lm_head, x, targets, return_logits)
         loss = LinearCrossEntropy.apply(x.flatten(0, 1), lm_head.weight, targets.flatten(), dtype,
                                         torch.is_grad_enabled())
         return None, loss
-
-
-def is_plain_linear(module):
-    """Whether this is a linear layer without a bias that nobody has changed."""
-    return (type(module) is nn.Linear and module.bias is None and not is_patched(module)
-            and is_torchs(nn.Linear.forward) and is_torchs(F.linear))
 
 
 # -----------------------------------------------------------------------------
@@ -297,8 +236,25 @@ def pack_linears(model, rows):
     # a list of all linear layers would keep every weight twice
     for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
         for name, child in parent.named_children():
-            if type(child) is nn.Linear:
+            if is_unchanged(child, 'Linear'):
                 setattr(parent, name, PackedLinear(child, rows))
+
+
+def compile_model(model):
+    """torch.compile() of the model, but not of the loss while dropout cuts up the graph on a CPU.
+
+    Otherwise the loss would be compiled by itself, and would store all logits.
+    """
+    drops = any(isinstance(part, Dropout) and part.p for part in model.modules())
+    if drops and hasattr(model, 'loss_head'):
+        loss_head, forward = model.loss_head, model.loss_head.forward
+        uncompiled = torch.compiler.disable(forward)
+
+        def choose_forward(*args):
+            return uncompiled(*args) if loss_head.training else forward(*args)
+
+        loss_head.forward = choose_forward
+    return torch.compile(model)
 
 
 def recompute_blocks(model):

@@ -165,7 +165,7 @@ def training_bytes(config, num_params, optimizer_bytes, batch_size, dtype, devic
         layers_bytes = config.n_layer * layer_bytes
     logits = tokens * config.vocab_size
     if not compiled:
-        logits = min(logits, 2 ** 25)  # see kernels.CrossEntropy
+        logits = min(logits, 2 ** 25)  # see kernels.LinearCrossEntropy
     state_bytes = 8 * num_params + optimizer_bytes
     if parallel == 'zero1':
         state_bytes = 8 * num_params + optimizer_bytes // ranks

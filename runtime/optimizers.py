@@ -18,6 +18,8 @@ def specialize(optimizer, optim, moments_dtype, momentum, model):
     muon takes the matrices of the model's blocks out of their groups, into a group with a
     momentum. Returns the optimizer itself for adamw with moments in float32.
     """
+    if optim == 'adamw' and moments_dtype == 'float32':
+        return optimizer
     groups = [dict(group) for group in optimizer.param_groups]
     options = {key: optimizer.defaults[key] for key in ('lr', 'betas', 'eps')}
     if optim == 'muon':
@@ -30,9 +32,7 @@ def specialize(optimizer, optim, moments_dtype, momentum, model):
                 muon_groups.append({**group, 'params': own, 'momentum': momentum})
                 group['params'] = [p for p in group['params'] if p not in matrices]
         return Muon(groups + muon_groups, **options)
-    if moments_dtype == 'bfloat16':
-        return LowMemoryAdamW(groups, **options)
-    return optimizer
+    return LowMemoryAdamW(groups, **options, fused=True)
 
 
 def count_state_bytes(optimizer):
@@ -190,20 +190,21 @@ def clip_and_step(optimizer, scaler, grad_clip):
     """Clips the gradients to the norm grad_clip (0: no clipping) and makes the update.
 
     A gradient that isn't finite leaves weights, moments and step counts as they are. Returns the
-    norm before clipping, a tensor (); the host doesn't wait for the device.
+    norm before clipping, a tensor (). With a fused optimizer the host doesn't wait for the device.
     """
     scaler.unscale_(optimizer)
     norm = grad_norm(optimizer)
     limit = grad_clip or math.inf
-    if scaler.is_enabled() or norm.device.type == 'mps':
-        # a GradScaler skips bad updates itself, and the kernel of mps can't: there the host waits
+    local = local_optimizer(optimizer)
+    can_skip = getattr(local, '_step_supports_amp_scaling', False) and norm.device.type != 'mps'
+    if scaler.is_enabled() or not can_skip:
+        # a GradScaler skips bad updates itself; for an optimizer that can't, the host waits
         params = [p for group in optimizer.param_groups for p in group['params']]
         torch.nn.utils.clip_grads_with_norm_(params, limit, norm)
-        if norm.device.type != 'mps' or norm.isfinite():
+        if scaler.is_enabled() or norm.isfinite():
             scaler.step(optimizer)
     else:
         # the fused kernel divides by grad_scale, which clips without a pass over the gradients
-        local = local_optimizer(optimizer)
         local.found_inf = (~norm.isfinite()).float()
         local.grad_scale = (norm / limit).clamp(min=1)
         scaler.step(optimizer)
@@ -229,5 +230,5 @@ class BadSteps:
         total_before = self.total
         self.in_a_row, self.total = self.device_counts.int().tolist()
         if self.total > total_before:
-            warn(f'iter {iter_num}: skipped {self.total - total_before} updates, because their '
-                 f'gradient was not finite: {self.in_a_row} in a row, {self.total} in all')
+            warn(f'iter {iter_num}: skipped updates, because their gradient was not finite: '
+                 f'{self.total - total_before} new, {self.in_a_row} in a row, {self.total} in all')

@@ -19,6 +19,7 @@ CHOICES = {
     'optim': ('adamw', 'muon'), 'lr_schedule': ('cosine', 'wsd'),
     'data_order': ('random', 'epochs'), 'format': ('text', 'jsonl'),
     'what': ('train', 'data', 'prefill', 'decode', 'run', 'start'),
+    'dtype': ('auto', 'float32', 'bfloat16', 'float16'), 'compile': ('auto', True, False),
 }
 
 
@@ -28,7 +29,7 @@ def find_mistakes(config):
     for name, choices in CHOICES.items():
         if name in config and config[name] not in choices:
             mistakes.append(f'{name}={config[name]!r} is not known '
-                            f'(use {", ".join(choices[:-1])} or {choices[-1]})')
+                            f'(use {", ".join(map(str, choices[:-1]))} or {choices[-1]})')
     for requirement, holds, names in RANGES:
         for name in names:
             if name in config and not holds(config[name]):
@@ -46,10 +47,15 @@ def find_mistakes(config):
     if config.get('optim') == 'muon' and config.get('parallel') == 'zero1':
         mistakes.append('optim=muon does not work with parallel=zero1 '
                         '(use --parallel=ddp or fsdp)')
+    if config.get('parallel') == 'fsdp' and config.get('dtype') == 'float16':
+        mistakes.append('parallel=fsdp does not scale the loss as dtype=float16 needs it '
+                        '(use --dtype=bfloat16 or --parallel=zero1)')
     if config.get('moments_dtype') == 'bfloat16':
         if config.get('optim') == 'muon':
             mistakes.append('optim=muon does not work with moments_dtype=bfloat16')
-        if config.get('beta2', 0) > 0.99:
+        # a resumed run has the checkpoint's beta2, which restore.py checks
+        is_resumed = config.get('init_from') in ('resume', 'auto')
+        if config.get('beta2', 0) > 0.99 and not is_resumed:
             mistakes.append(f'moments in bfloat16 stand still with beta2={config["beta2"]} '
                             '(use 0.99 or less, or --moments_dtype=float32)')
     return mistakes

@@ -10,8 +10,8 @@ from datetime import timedelta
 
 import torch
 
-from runtime import checkpoint, machine
-from runtime.console import ROOT, report_error, say, short_path
+from runtime import checkpoint, inference, machine
+from runtime.console import ROOT, format_bytes, report_error, say, short_path
 
 
 def print_plan(origin, model, config, data_dir, meta, tokens, device, dtype, compile, backend,
@@ -31,7 +31,7 @@ def print_model(origin, model, config):
                if name in config and name not in ('block_size', 'dropout')
                and config[name] != value]
     if ignored:
-        text += f' (ignored, as the weights have another value: {", ".join(ignored)})'
+        text += f' (ignored, because the weights have other values: {", ".join(ignored)})'
     say(text)
 
 
@@ -43,8 +43,11 @@ def print_data(data_dir, meta, tokens, config, ranks):
     steps, batch_size = config['gradient_accumulation_steps'], config['batch_size']
     tokens_per_iter = steps * batch_size * config['block_size']
     passes = config['max_iters'] * tokens_per_iter / len(tokens['train'])
-    say(f'tokens per iteration will be: {tokens_per_iter:,} = {steps // ranks} micro-batches x '
-        f'{ranks} processes x {batch_size} sequences x {config["block_size"]} tokens; '
+    factors = ((steps // ranks, 'micro-batch', 'es'), (ranks, 'rank', 's'),
+               (batch_size, 'sequence', 's'), (config['block_size'], 'token', 's'))
+    product = ' x '.join(f'{n} {noun}' if n == 1 else f'{n} {noun}{plural}'
+                         for n, noun, plural in factors)
+    say(f'tokens per iteration will be: {tokens_per_iter:,} = {product}; '
         f'{config["max_iters"]} iterations read the train tokens {passes:.2f} times')
 
 
@@ -58,14 +61,14 @@ def print_machine(device, dtype, compile, backend=None, parallel='ddp', ranks=1)
         text += ', compiled' if compile[0] else ', not compiled'
         text += f' ({compile[1]})'
     if backend:
-        text += f', {ranks} processes over {backend}, {parallel}'
+        text += f', {ranks} ranks over {backend}, {parallel}'
     elif parallel != 'ddp':
         text += f'; parallel={parallel} needs several processes, so it has no effect'
     say(text)
 
 
 def print_memory(model, optimizer_bytes, config, device, dtype, compile, ranks, is_resumed):
-    """Prints what training needs on each rank, as far as it can be known before."""
+    """Prints an estimate of the memory that training needs on each rank."""
     parallel = config['parallel'] if ranks > 1 else 'ddp'
     num_params = model.get_num_params(False)
     state_bytes, activation_bytes = machine.training_bytes(
@@ -143,3 +146,13 @@ def print_end(out_dir, path, iter_num, finished, eval_only, stop_signal, bad_ste
                      'try a lower --learning_rate, a smaller --grad_clip, a longer '
                      '--warmup_iters, or --dtype=bfloat16 instead of float16')
     return status
+
+
+# -----------------------------------------------------------------------------
+# sampling
+def describe_memory(model, prompt_length, max_new_tokens, rows):
+    """One line about the memory of the weights and the KV cache."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    cache = inference.cache_bytes(model, prompt_length, max_new_tokens)
+    return (f'{format_bytes(weights)} of weights; batch of {rows}, '
+            f'KV cache of {format_bytes(cache)} per sample')

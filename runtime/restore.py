@@ -1,5 +1,5 @@
 """
-From what a file has to a model and an optimizer.
+Builds a model and an optimizer from what a file has.
 """
 from dataclasses import MISSING, fields
 
@@ -21,7 +21,8 @@ def build_model(model_class, config_class, state, path, dropout=0.0, dtype=torch
         check_types(args, config_class)
         return assemble(model_class, config_class(**args), weights)
     except (TypeError, ValueError, RuntimeError) as e:
-        fail(f'{path} is not a readable checkpoint: {first_line(e)}', 'use another one')
+        reason = ' '.join(str(e).split())[:300]  # load_state_dict names the weights in later lines
+        fail(f'{path} is not a readable checkpoint: {reason}', 'use another one')
 
 
 def check_types(args, config_class):
@@ -100,8 +101,6 @@ def load_optimizer(optimizer, scaler, checkpoint, path, config):
             group['betas'] = (beta1, beta2)
             if 'momentum' in group:
                 group['momentum'] = float(saved['momentum'])
-            if moments_dtype == torch.bfloat16 and group['betas'][1] > 0.99:
-                raise ValueError(f'moments in bfloat16 stand still with beta2={group["betas"][1]}')
         for i, p in enumerate(params if state['state'] else []):  # empty before the first update
             moments = {key: value[:len(p)] if value.dim() else value
                        for key, value in state['state'][i].items()}
@@ -120,6 +119,10 @@ def load_optimizer(optimizer, scaler, checkpoint, path, config):
     except Exception as e:  # it may have anything in it
         fail(f'the optimizer state in {path} does not fit its weights ({first_line(e)})',
              'use the --optim of that run, or another checkpoint')
+    beta2 = optimizer.param_groups[0]['betas'][1]
+    if moments_dtype == torch.bfloat16 and beta2 > 0.99:
+        fail(f'moments in bfloat16 stand still with beta2={beta2}, which {path} has',
+             'use --moments_dtype=float32')
     print_overruled(optimizer, config)
 
 

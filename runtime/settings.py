@@ -67,10 +67,10 @@ def configure(space):
         space.pop(name, None)
     config = {name: space[name] for name in own}
     if mistakes:
-        # without values of a wrong type, which can't be compared
-        typed = {name: value for name, value in config.items()
-                 if type(value) is type(own[name].default)}
-        mistakes += find_mistakes(typed)
+        # ranges are for our own scripts, and values of a wrong type can't be compared
+        if script.startswith(ROOT + os.sep):
+            mistakes += find_mistakes({name: value for name, value in config.items()
+                                       if type(value) is type(own[name].default)})
         fail('; '.join(mistakes), f'python {short_path(script)} --help lists the settings')
     space['config'] = config
     if {'-h', '--help'} & set(sys.argv[1:]):
@@ -138,10 +138,12 @@ def read_shared_settings(own):
     """{name: (Setting, script)} of the scripts that share config files, without those in own."""
     others = {}
     for script in ('bench.py', 'sample.py', 'train.py'):
-        path = os.path.join(ROOT, script)
-        if os.path.isfile(path):
-            others.update((name, (setting, script))
-                          for name, setting in read_settings(path).items() if name not in own)
+        try:
+            settings = read_settings(os.path.join(ROOT, script))
+        except (OSError, SyntaxError, UnicodeDecodeError):  # somebody is editing it
+            continue
+        others.update((name, (setting, script)) for name, setting in settings.items()
+                      if name not in own)
     return others
 
 
@@ -190,7 +192,8 @@ def explain_argument(arg, own):
     """What is wrong with an argument that is neither a flag nor a file."""
     if os.path.isdir(arg):
         content = os.listdir(arg)
-        likely = [name for name, marker in (('dataset', 'train.bin'), ('init_from', 'config.json'),
+        likely = [name for name, marker in (('dataset', 'train.bin'), ('dataset', 'prepare.py'),
+                                            ('init_from', 'config.json'),
                                             ('runs', 'metrics.jsonl')) if marker in content]
         name = next((n for n in [*likely, 'out_dir', 'runs', 'hf_dir'] if n in own), None)
         if name:

@@ -1,5 +1,5 @@
 """
-Measuring: the time of some work, alone or in turns with other work, and the device's own rates.
+Measures the time of some work, or of two works in turns, and the device's own rates.
 
 Work is a function without arguments that does the work once. If it runs a process, it returns what
 the process printed.
@@ -17,7 +17,7 @@ import torch
 from runtime.console import fail, make_folder
 from runtime.machine import synchronize
 
-MAX_SECONDS = 20  # for the repetitions of one work; thrice as long for two in turns
+MAX_SECONDS = 20  # for the repetitions of one work; 60 for two in turns
 
 
 def run_process(command):

@@ -82,7 +82,8 @@ def get_tokenizer(meta, vocab_size=None):
     tokenizer = CharTokenizer(meta) if meta else GPT2Tokenizer()
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         fail(f'the model has a vocabulary of {vocab_size}, but {tokenizer.name} has '
-             f'{tokenizer.vocab_size}', 'put the meta.pkl of its dataset next to the checkpoint')
+             f'{tokenizer.vocab_size}', 'the model needs its own tokenizer: for a checkpoint, put '
+             'the meta.pkl of its dataset next to it')
     return tokenizer
 
 
