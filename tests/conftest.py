@@ -1,4 +1,4 @@
-"""What the tests share: running the scripts as a user does, small data, and the inputs that the environment may provide."""
+"""What the tests share: running the scripts as a user does, and small data."""
 import ast
 import contextlib
 import io
@@ -18,24 +18,28 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GOLDEN = os.path.join(ROOT, 'tests', 'golden')
 sys.path.insert(0, ROOT)
-import checkpoint
+from runtime import checkpoint
 
-os.environ.update(HF_HUB_OFFLINE='1', WANDB_MODE='offline', WANDB_SILENT='true', PYTHONPATH=ROOT, PYTHONIOENCODING='utf-8')
+os.environ.update(HF_HUB_OFFLINE='1', WANDB_MODE='offline', WANDB_SILENT='true', PYTHONPATH=ROOT,
+                  PYTHONIOENCODING='utf-8')
 
 # a model that trains in a moment
-TINY = ['--device=cpu', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4',
-        '--gradient_accumulation_steps=2', '--eval_iters=4', '--warmup_iters=0', '--lr_decay_iters=100', '--learning_rate=3e-3', '--loss_png=False']
+TINY = ['--device=cpu', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_embd=32',
+        '--block_size=32', '--batch_size=4', '--gradient_accumulation_steps=2', '--eval_iters=4',
+        '--warmup_iters=0', '--lr_decay_iters=100', '--learning_rate=3e-3']
 
 # all that config/train_shakespeare_char_fast.py turns on; 60 rows are too few for all pairs
-FAST = ['--rope_base=100', '--qk_norm=True', '--relu2=True', '--tied=False', '--bigrams=60', '--embd_conv=2', '--optim=muon', '--lr_schedule=wsd',
-        '--data_order=epochs']
+FAST = ['--rope_base=100', '--qk_norm=True', '--relu2=True', '--tied=False', '--bigrams=60',
+        '--embd_conv=2', '--optim=muon', '--lr_schedule=wsd', '--data_order=epochs']
 
 
-# starts scripts: most of a short run is the import of torch, so that is done once, and each run is a fork of it. It must
-# never compute anything, as the threads that does it don't survive a fork.
+# starts scripts. Most of a short run is the import of torch, so a server imports it once, and each
+# run is a fork of the server. The server must never compute anything: the threads that computing
+# starts don't survive a fork
 SERVER = """
 import json, os, runpy, sys
-import numpy, torch, torch._dynamo, torch.distributed, torch.nn.parallel
+import matplotlib.figure, numpy, torch, torch._dynamo, torch.distributed, torch.nn.parallel
+import matplotlib.backends.backend_agg
 for job in map(json.loads, sys.stdin):
     if 'wait' in job:
         pid, status = os.waitpid(job['wait'], os.WNOHANG)
@@ -61,15 +65,19 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 
 class Process:
-    """A script of the repository as a process of its own, as subprocess.Popen has it."""
+    """A script of the repository as its own process, with the interface of subprocess.Popen."""
     server = None
 
     def __init__(self, *command, cwd=ROOT, **env):
         if not Process.server:
-            Process.server = subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.returncode, self.folder = None, tempfile.TemporaryDirectory()
-        self.pid = self.ask(argv=[os.path.join(ROOT, command[0]), *map(str, command[1:])], cwd=str(cwd), env={**os.environ, **env},
-                            out=os.path.join(self.folder.name, 'out'), err=os.path.join(self.folder.name, 'err'))
+            Process.server = subprocess.Popen([sys.executable, '-c', SERVER], text=True,
+                                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.returncode = None
+        self.folder = tempfile.TemporaryDirectory()
+        self.pid = self.ask(argv=[os.path.join(ROOT, command[0]), *map(str, command[1:])],
+                            cwd=str(cwd), env={**os.environ, **env},
+                            out=os.path.join(self.folder.name, 'out'),
+                            err=os.path.join(self.folder.name, 'err'))
 
     def ask(self, **job):
         self.server.stdin.write(json.dumps(job) + '\n')
@@ -86,62 +94,66 @@ class Process:
         while self.poll() is None:
             if time.monotonic() > end:
                 self.send_signal(signal.SIGKILL)
-                raise subprocess.TimeoutExpired(str(self.pid), timeout, *self.written())
+                raise subprocess.TimeoutExpired(str(self.pid), timeout, *self.read_output())
             time.sleep(0.01)
         return self.returncode
 
-    def written(self):
+    def read_output(self):
         """stdout and stderr so far."""
         texts = []
         for name in ('out', 'err'):
-            with open(os.path.join(self.folder.name, name), encoding='utf-8', newline='') as f:
+            path = os.path.join(self.folder.name, name)
+            with open(path, encoding='utf-8', newline='') as f:
                 texts.append(f.read())
         return texts
 
     def communicate(self, timeout=300):
         self.wait(timeout)
-        return self.written()
+        return self.read_output()
 
     def send_signal(self, number):
         os.kill(self.pid, number)
 
 
 def run(*command, ok=True, cwd=ROOT, **env):
-    """Runs a script of the repository as a process of its own; its stdout and stderr come back as text."""
+    """Runs a script of the repository as its own process; returns its stdout and stderr as text."""
     process = Process(*command, cwd=cwd, **env)
     out, err = process.communicate()
-    return judged(subprocess.CompletedProcess(command, process.returncode, out, err), ok)
+    return check_result(subprocess.CompletedProcess(command, process.returncode, out, err), ok)
 
 
 def start_ranks(processes, *command, cwd=ROOT, threads=1):
-    """Starts a script in that many processes, with the variables and the threads that torchrun gives them."""
+    """Starts a script in that many processes, with the variables that torchrun sets for them."""
     with socket.socket() as s:
         s.bind(('localhost', 0))
         port = str(s.getsockname()[1])
-    return [Process(*command, cwd=cwd, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR='localhost', MASTER_PORT=port,
+    return [Process(*command, cwd=cwd, RANK=str(rank), LOCAL_RANK=str(rank),
+                    WORLD_SIZE=str(processes), MASTER_ADDR='localhost', MASTER_PORT=port,
                     OMP_NUM_THREADS=str(threads)) for rank in range(processes)]
 
 
 def run_ranks(processes, *command, cwd=ROOT, threads=1):
-    """Runs a script in that many processes; stdout of each."""
-    started = start_ranks(processes, *command, cwd=cwd, threads=threads)
-    written = [process.communicate() for process in started]
-    assert not any(process.returncode for process in started), written
-    return [out for out, _ in written]
+    """Runs a script in that many processes; returns the stdout of each."""
+    ranks = start_ranks(processes, *command, cwd=cwd, threads=threads)
+    outputs = [rank.communicate() for rank in ranks]
+    assert not any(rank.returncode for rank in ranks), outputs
+    return [out for out, _ in outputs]
 
 
-def judged(result, ok):
+def check_result(result, ok):
+    """The result, after a check: ok=True: status 0; ok=False: a mistake in one line; None: any."""
     if ok:
         assert not result.returncode, result.stdout + result.stderr
     elif ok is not None:  # a user's mistake: one line, status 1, no traceback
-        assert result.returncode == 1 and result.stderr.startswith('error: ') and result.stderr.count('\n') == 1, result.stderr
+        one_line = result.stderr.startswith('error: ') and result.stderr.count('\n') == 1
+        assert result.returncode == 1 and one_line, result.stderr
     return result
 
 
 def run_here(script, *args, ok=True, cwd=ROOT):
-    """run(), within this process: the same script from its first line to its last, without torch's import each time."""
+    """run() within this process: all of the script, without torch's import each time."""
     out, err = io.StringIO(), io.StringIO()
-    argv, here = sys.argv, os.getcwd()
+    argv, folder = sys.argv, os.getcwd()
     sys.argv = [os.path.join(ROOT, script), *map(str, args)]
     os.chdir(cwd)
     code = 0
@@ -152,43 +164,53 @@ def run_here(script, *args, ok=True, cwd=ROOT):
         code = end.code
     finally:
         sys.argv = argv
-        os.chdir(here)
-    return judged(subprocess.CompletedProcess([script, *args], code, out.getvalue(), err.getvalue()), ok)
+        os.chdir(folder)
+    result = subprocess.CompletedProcess([script, *args], code, out.getvalue(), err.getvalue())
+    return check_result(result, ok)
 
 
 def torchrun(processes, *command, cwd=ROOT, **env):
-    """Runs a script of the repository in that many processes of one machine."""
-    result = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}',
-                             os.path.join(ROOT, command[0]), *map(str, command[1:])],
-                            cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, encoding='utf-8', timeout=300)
+    """Runs a script of the repository by torchrun, in that many processes of one machine."""
+    launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
+                f'--nproc_per_node={processes}']
+    result = subprocess.run([*launcher, os.path.join(ROOT, command[0]), *map(str, command[1:])],
+                            cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True,
+                            encoding='utf-8', timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     return result
 
 
-def files(folder):
-    """The names in a run's folder, but for the lock."""
-    return sorted(name for name in os.listdir(folder) if name != '.lock')
+def list_files(folder):
+    """The names in a run's folder, except for its lock and its picture."""
+    return sorted(name for name in os.listdir(folder) if name not in ('.lock', 'loss.png'))
 
 
 def equal_states(a, b):
-    """Whether two checkpoint files hold the same weights, optimizer state and place in the run, to the bit."""
+    """Whether two checkpoint files have the same weights, optimizer state and iteration."""
     a, b = (checkpoint.load(str(path)) for path in (a, b))
-    tensors = [{**x['model'], **{(i, k): v for i, state in x['optimizer']['state'].items() for k, v in state.items()}} for x in (a, b)]
-    moments = [tuple(state) for state in b['optimizer']['state'].values()]  # AdamW's three, or Muon's
-    return (a['iter_num'] == b['iter_num'] and moments and all(len(m) == 3 or m == ('momentum_buffer',) for m in moments)
-            and tensors[0].keys() == tensors[1].keys() and all(torch.equal(x, tensors[1][k]) for k, x in tensors[0].items()))
+    tensors = []
+    for state in (a, b):
+        moments = {(i, key): value for i, entry in state['optimizer']['state'].items()
+                   for key, value in entry.items()}
+        tensors.append({**state['model'], **moments})
+    kinds = [tuple(entry) for entry in b['optimizer']['state'].values()]
+    # AdamW's three values, or Muon's one
+    assert kinds and all(len(kind) == 3 or kind == ('momentum_buffer',) for kind in kinds)
+    return (a['iter_num'] == b['iter_num'] and tensors[0].keys() == tensors[1].keys()
+            and all(torch.equal(value, tensors[1][key]) for key, value in tensors[0].items()))
 
 
 def functions_of(script, *names, **space):
-    """Functions out of a script's source, with `space` for its globals: a script can't be imported."""
+    """Functions from a script's source with `space` as globals: a script can't be imported."""
     with open(os.path.join(ROOT, script), encoding='utf-8') as f:
-        body = [node for node in ast.parse(f.read()).body if isinstance(node, ast.FunctionDef) and node.name in names]
+        tree = ast.parse(f.read())
+    body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names]
     exec(compile(ast.Module(body, []), script, 'exec'), space)
     return [space[name] for name in names]
 
 
 def metrics(out_dir, event):
-    """The events of one kind in a run's metrics.jsonl; a line that a kill cut off doesn't count."""
+    """The events of one kind in a run's metrics.jsonl, without a line that a kill cut off."""
     events = []
     with open(os.path.join(out_dir, 'metrics.jsonl'), encoding='utf-8') as f:
         for line in f:
@@ -230,10 +252,11 @@ def bpe():
 
 @pytest.fixture(scope='session')
 def char_data(tmp_path_factory):
-    """A dataset by characters that is quickly learned: counting, over and over."""
+    """A dataset of characters that is learned quickly: counting, over and over."""
     folder = tmp_path_factory.mktemp('data')
     text = folder / 'numbers.txt'
-    text.write_text(''.join(f'{n} and {n + 1} make {2 * n + 1}.\n' for n in range(1000)), encoding='utf-8')
+    lines = (f'{n} and {n + 1} make {2 * n + 1}.\n' for n in range(1000))
+    text.write_text(''.join(lines), encoding='utf-8')
     run('data/text/prepare.py', f'--input={text}', f'--out_dir={folder / "numbers"}')
     return str(folder / 'numbers')
 
@@ -242,5 +265,6 @@ def char_data(tmp_path_factory):
 def trained(char_data, tmp_path_factory):
     """The out_dir of a short run on char_data."""
     out_dir = str(tmp_path_factory.mktemp('trained'))
-    run('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={out_dir}', '--max_iters=60', '--eval_interval=30')
+    run('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={out_dir}', '--max_iters=60',
+        '--eval_interval=30')
     return out_dir

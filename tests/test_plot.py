@@ -15,38 +15,50 @@ def png_size(path):
 
 
 def test_a_run_leaves_its_picture(tmp_path, char_data):
-    args = [*[a for a in TINY if 'png' not in a], f'--dataset={char_data}', '--eval_interval=5', f'--out_dir={tmp_path}']
+    args = [*TINY, f'--dataset={char_data}', '--eval_interval=5', f'--out_dir={tmp_path}']
+    picture = tmp_path / 'loss.png'
     run('train.py', *args, '--max_iters=10')
-    assert png_size(tmp_path / 'loss.png') == (1100, 700)
-    (tmp_path / 'loss.png').unlink()
+    assert png_size(picture) == (1100, 700)
+    picture.unlink()
     run_ranks(2, 'train.py', *args, '--max_iters=11', '--init_from=resume')
-    assert png_size(tmp_path / 'loss.png') == (1100, 700)
-    (tmp_path / 'loss.png').unlink()
-    (tmp_path / 'loss.png').mkdir()  # where it can't be written it's only said
-    assert 'warning: the picture: IsADirectoryError' in run('train.py', *args, '--max_iters=12', '--init_from=resume').stderr
+    assert png_size(picture) == (1100, 700)
+    picture.unlink()
+    picture.mkdir()  # if it can't be written, there is only a warning
+    err = run('train.py', *args, '--max_iters=12', '--init_from=resume').stderr
+    assert 'warning: loss.png: IsADirectoryError' in err
 
 
 @pytest.fixture
 def two_runs(tmp_path):
+    config = dict(gradient_accumulation_steps=2, batch_size=3, block_size=5)
     for name, ms in (('a', 1000), ('b', 2000)):
-        events = [dict(event='run', config=dict(gradient_accumulation_steps=2, batch_size=3, block_size=5))]
-        for i in (0, 10, 20):  # an evaluation before, then a line of the iterations since the last
-            events += [{'event': 'eval', 'iter': i, 'train/loss': 3 - i / 20, 'val/loss': 3 - i / 30},
-                       dict(event='iter', iter=i, loss=3 - i / 20, ms=ms, lr=0.1, grad_norm=None if i == 10 else 1.0)]
+        events = [dict(event='run', config=config)]
+        for i in (0, 10, 20):  # an evaluation, then a line of the iterations since the last line
+            grad_norm = None if i == 10 else 1.0
+            events += [
+                {'event': 'eval', 'iter': i, 'train/loss': 3 - i / 20, 'val/loss': 3 - i / 30},
+                dict(event='iter', iter=i, loss=3 - i / 20, ms=ms, lr=0.1, grad_norm=grad_norm)]
+        lines = [*map(json.dumps, events), '{"event": "it']
         (tmp_path / name).mkdir()
-        (tmp_path / name / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, events)) + '\n{"event": "it')
+        (tmp_path / name / 'metrics.jsonl').write_text('\n'.join(lines))
     return tmp_path
 
 
 def test_events_and_their_places(two_runs):
-    with open(two_runs / 'a' / 'metrics.jsonl', 'a') as f:  # resumed from iteration 10 with twice the batch, and stopped before 20
-        f.write('\n' + json.dumps(dict(event='run', config=dict(gradient_accumulation_steps=2, batch_size=6, block_size=5))) + '\n')
-        f.write('\n'.join(json.dumps(dict(event='iter', iter=i, loss=9.0, ms=3000, lr=0.1, grad_norm=1.0)) for i in (10, 15)) + '\n')
-        f.write(json.dumps({'event': 'eval', 'iter': 18, 'train/loss': 2, 'val/loss': 2}) + '\n')
+    # resumed from iteration 10 with twice the batch, and stopped before 20
+    config = dict(gradient_accumulation_steps=2, batch_size=6, block_size=5)
+    events = [dict(event='run', config=config)]
+    events += [dict(event='iter', iter=i, loss=9.0, ms=3000, lr=0.1, grad_norm=1.0)
+               for i in (10, 15)]
+    events += [{'event': 'eval', 'iter': 18, 'train/loss': 2, 'val/loss': 2}]
+    with open(two_runs / 'a' / 'metrics.jsonl', 'a') as f:
+        f.write('\n' + '\n'.join(map(json.dumps, events)) + '\n')
     iterations, evaluations = plot.read_metrics(two_runs / 'a')
-    assert [(e['iter'], e['loss'], e['ms'], e['tokens_per_iter']) for e in iterations] == [(0, 3, 1000, 30), (10, 9, 3000, 60), (15, 9, 3000, 60)]
+    assert [(e['iter'], e['loss'], e['ms'], e['tokens_per_iter']) for e in iterations] == [
+        (0, 3, 1000, 30), (10, 9, 3000, 60), (15, 9, 3000, 60)]
     assert [e['iter'] for e in evaluations] == [0, 18]
-    places = {x: plot.positions(evaluations, iterations, x).tolist() for x in ('iter', 'tokens', 'seconds')}
+    places = {x: plot.positions(evaluations, iterations, x).tolist()
+              for x in ('iter', 'tokens', 'seconds')}
     # 1 iteration of a second and 30 tokens, then all of 3 seconds and 60
     assert places == {'iter': [0, 18], 'tokens': [0, 30 + 17 * 60], 'seconds': [0, 1 + 17 * 3]}
 
@@ -56,16 +68,25 @@ def test_what_is_drawn(two_runs):
     assert png_size(two_runs / 'both.png') == (1100, 700)
     loss, rate, norm, speed = figure.axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in loss.lines}
-    assert lines['a, val'] == [[0, 3], [10, 3 - 1 / 3], [20, 3 - 2 / 3]] and lines['b, train'] == [[0, 3], [20, 2.5], [40, 2]]
-    assert [panel.get_title() for panel in figure.axes] == ['loss, nats a token', 'learning rate', 'norm of the gradient', 'tokens/s']
+    assert lines['a, val'] == [[0, 3], [10, 3 - 1 / 3], [20, 3 - 2 / 3]]
+    assert lines['b, train'] == [[0, 3], [20, 2.5], [40, 2]]
+    assert lines['b, train, per batch'] == [[0, 3], [20, 2.5], [40, 2]]
+    assert [panel.get_title() for panel in figure.axes] == [
+        'loss (nats per token)', 'learning rate', 'gradient norm', 'tokens/s']
     assert rate.lines[1].get_xydata().tolist() == [[0, 0.1], [20, 0.1], [40, 0.1]]
     np.testing.assert_equal(norm.lines[0].get_ydata(), [1, np.nan, 1])
-    assert [line.get_ydata().tolist() for line in speed.lines] == [[30] * 3, [15] * 3]  # 30 tokens in 1 and in 2 seconds
+    # 30 tokens in 1 and in 2 seconds
+    assert [line.get_ydata().tolist() for line in speed.lines] == [[30] * 3, [15] * 3]
 
 
 def test_the_script(two_runs):
-    out = run_here('plot.py', f'--runs={two_runs / "a"},{two_runs / "b"}', '--x=seconds', f'--png={two_runs / "both"}')
-    assert out.stdout == f'drawn: {two_runs / "both"}\n' and png_size(two_runs / 'both') == (1100, 700)
-    for flags, words in (([f'--runs={two_runs}'], 'has no metrics.jsonl'), (['--runs='], 'has no metrics.jsonl'), (['--x=time'], 'use iter, tokens or seconds'),
+    both = two_runs / 'both'
+    out = run_here('plot.py', f'--runs={two_runs / "a"},{two_runs / "b"}', '--x=seconds',
+                   f'--png={both}')
+    assert out.stdout == f'drawn: {both}\n' and png_size(both) == (1100, 700)
+    for flags, words in (([f'--runs={two_runs}'], 'has no metrics.jsonl'),
+                         (['--runs='], 'has no metrics.jsonl'),
+                         (['--x=time'], 'use iter, tokens or seconds'),
                          ([f'--png={two_runs}'], 'cannot be written')):
-        assert words in run_here('plot.py', f'--runs={two_runs / "a"}', *flags, ok=False).stderr
+        args = [f'--runs={two_runs / "a"}', *flags]
+        assert words in run_here('plot.py', *args, ok=False).stderr

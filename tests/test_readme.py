@@ -1,4 +1,4 @@
-"""What the README tells people to type exists, with these flags; and nothing is promised that isn't there."""
+"""The pages: the commands, files, links and settings that they name exist; their form."""
 import glob
 import os
 import re
@@ -6,7 +6,19 @@ import shlex
 
 import pytest
 from conftest import ROOT
-from test_configs import knobs
+from test_configs import settings_of
+
+PAGES = ['README.md', 'CONTRIBUTING.md', *sorted(
+    os.path.relpath(path, ROOT) for pattern in (('docs', '*.md'), ('data', '*', 'readme.md'))
+    for path in glob.glob(os.path.join(ROOT, *pattern)))]
+
+# people and machines run these two lines exactly as they are
+SET_UP = [
+    'python3 -m venv .venv && . .venv/bin/activate && pip install -q -r requirements.txt && '
+    'python data/python_char/prepare.py && python train.py config/train_python_char.py && '
+    'python sample.py --out_dir=out-python-char --start="def " --num_samples=1 --temperature=0.7',
+    'python3 -m venv .venv && .venv/bin/pip install -q -r requirements-dev.txt && '
+    '.venv/bin/python -m pytest']
 
 
 def read(name='README.md'):
@@ -15,58 +27,126 @@ def read(name='README.md'):
 
 
 def commands():
-    """Every shell command of the README and the data sets' readmes, as (page, words)."""
-    pages = ['README.md', *sorted(os.path.relpath(p, ROOT) for p in glob.glob(os.path.join(ROOT, 'data', '*', 'readme.md')))]
-    for page in pages:
+    """Every shell command of the pages that starts Python, as (page, words)."""
+    for page in PAGES:
         text = re.sub(r'\\\n *', '', read(page))
-        lines = '\n'.join(re.findall(r'```sh\n(.*?)```', text, re.S)).splitlines() + re.findall(r'^    (\S.*)', text, re.M)
+        lines = '\n'.join(re.findall(r'```sh\n(.*?)```', text, re.S)).splitlines()
+        lines += re.findall(r'^    (\S.*)', text, re.M)
         lines += re.findall(r'`((?:python|torchrun) [^`]*)`', text.replace('\n', ' '))
         for line in lines:
-            for command in line.split(' && '):
+            for command in re.split(r' && |; ', line):
+                # `until` begins a loop; variables may be set in front of the command
+                command = re.sub(r'^(until )?(\w+=\S* )*', '', command)
                 if re.match(r'(\S*python3?|torchrun) ', command):
                     yield page, shlex.split(re.split(r'\s{3,}', command)[0])
 
 
-@pytest.mark.parametrize('page, words', list(commands()), ids=lambda v: v if isinstance(v, str) else ' '.join(v)[:80])
+def name_of(value):
+    return value if isinstance(value, str) else ' '.join(value)[:80]
+
+
+@pytest.mark.parametrize('page, words', list(commands()), ids=name_of)
 def test_a_command(page, words):
     if words[1] == '-m':
         assert words[2] in ('venv', 'pytest')
+        if words[2] == 'pytest':
+            check_pytest(words[3:])
         return
     script = next(w for w in words if w.endswith('.py'))
     assert os.path.isfile(os.path.join(ROOT, script)), script
+    # the flags of a script without settings are train.py's
+    settings = settings_of(script) or settings_of('train.py')
     for word in words[words.index(script) + 1:]:
         if word.startswith('--'):
             name = word[2:].partition('=')[0]
-            assert name in knobs(script), f'{script} has no knob {name}'
-            assert '=' in word or isinstance(knobs(script)[name], bool), word
+            assert name in settings, f'{script} has no setting {name}'
+            assert '=' in word or isinstance(settings[name], bool), word
         else:
             assert os.path.isfile(os.path.join(ROOT, word)), word
 
 
+def check_pytest(words):
+    """The arguments are a marker of ours or a test file."""
+    if words[:1] == ['-m']:
+        assert f'"{words[1]}: ' in read('pyproject.toml')
+        words = words[2:]
+    for word in words:
+        assert os.path.isfile(os.path.join(ROOT, word)), word
+
+
 def test_there_are_commands():
-    found = [words for _, words in commands()]
-    assert len(found) > 25 and {'train.py', 'sample.py', 'bench.py'} <= {w for words in found for w in words}
+    found = list(commands())
+    scripts = {word for _, words in found for word in words}
+    assert len(found) > 60 and {'train.py', 'sample.py', 'bench.py', 'plot.py'} <= scripts
+    with_commands = {page for page, _ in found}
+    assert {page for page in PAGES if '```sh' in read(page)} <= with_commands
+
+
+def test_the_other_commands():
+    for page in PAGES:
+        for path in re.findall(r'`(?:bash|sbatch) ([\w/.]+)', read(page)):
+            assert os.path.isfile(os.path.join(ROOT, path)), (page, path)
 
 
 def test_the_two_lines_that_set_everything_up():
     lines = [line for line in read().splitlines() if line.startswith('python3 -m venv')]
-    assert len(lines) == 2
-    assert 'requirements.txt' in lines[0] and 'config/train_python_char.py' in lines[0] and 'sample.py --out_dir=out-python-char' in lines[0]
-    assert 'requirements-dev.txt' in lines[1] and lines[1].endswith('-m pytest')
+    assert lines == SET_UP
     assert "grep -E '^python3 -m venv .*pytest' README.md" in read('.ci/run')
 
 
-def test_files_and_knobs_named_exist():
-    text = read()
-    for path in re.findall(r'\]\(([^)#:]+)\)', text):
+@pytest.mark.parametrize('page', PAGES)
+def test_the_form_of_a_page(page):
+    lines = read(page).splitlines()
+    for line in lines:
+        if line not in SET_UP and not line.startswith('|'):
+            assert len(re.sub(r'\]\([^)]*\)', ']', line)) <= 100, line
+    if page == 'README.md':
+        assert len(lines) <= 220
+        pictures = re.findall(r'!\[[^]]+\]\(([^)]+)\)', '\n'.join(lines[:25]))
+        assert pictures and os.path.getsize(os.path.join(ROOT, pictures[0]))
+
+
+def anchors(page):
+    """What `#...` may follow the page's name in a link: its headings, as GitHub writes them."""
+    headings = re.findall(r'^#+ (.*)', re.sub(r'```.*?```', '', read(page), flags=re.S), re.M)
+    return {re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r'\]\(([^)]+)\)', read(page)):
+        if target.startswith('https://'):
+            continue
+        path, _, anchor = target.partition('#')
+        path = os.path.normpath(os.path.join(os.path.dirname(page), path)) if path else page
+        assert os.path.exists(os.path.join(ROOT, path)), target
+        assert not anchor or anchor in anchors(path), target
+
+
+def test_what_is_where():
+    block = re.search(r'## What is where\s+```\n(.*?)```', read(), re.S).group(1)
+    named = [line.split()[0] for line in block.splitlines()]
+    for path in named:
         assert os.path.exists(os.path.join(ROOT, path)), path
-    for line in re.search(r'## What is where\s+```\n(.*?)```', text, re.S).group(1).splitlines():
-        assert os.path.exists(os.path.join(ROOT, line.split()[0])), line
-    every = {name for script in ('train.py', 'sample.py', 'bench.py') for name in knobs(script)}
+    patterns = (('*.py',), ('*.ipynb',), ('runtime', '[!_]*.py'), ('docs', '*.md'))
+    there = {os.path.relpath(path, ROOT) for pattern in patterns
+             for path in glob.glob(os.path.join(ROOT, *pattern))}
+    unnamed = there - set(named)
+    assert not unnamed
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_settings_and_files_named_exist(page):
+    text = read(page)
+    every = {name for script in ('train.py', 'sample.py', 'bench.py', 'convert.py', 'plot.py',
+                                 'data/text/prepare.py', 'data/openwebtext/prepare.py')
+             for name in settings_of(script)}
     for name in re.findall(r'`--(\w+)[=`]', text):
         assert name in every or name in ('help', 'key'), name
+    for path in re.findall(r'\b(?:config|runtime|recipes|tests|docs)/\w+\.\w+', text):
+        assert os.path.isfile(os.path.join(ROOT, path)), path
 
 
-def test_nothing_is_left_to_fill_in():
-    for page in ('README.md', *glob.glob(os.path.join(ROOT, 'data', '*', 'readme.md'))):
-        assert not re.search(r'@\w+@|TODO|XXX', read(page)), page
+@pytest.mark.parametrize('page', PAGES)
+def test_nothing_is_left_to_fill_in(page):
+    assert not re.search(r'@\w+@|TODO|XXX', read(page))

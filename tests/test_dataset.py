@@ -1,0 +1,61 @@
+"""Datasets: found by path and by name, mapped and not read, refused if they can't be trained on."""
+import os
+
+import numpy as np
+import pytest
+
+from runtime import dataset
+
+
+def refused(capsys, function, *args):
+    with pytest.raises(SystemExit) as end:
+        function(*args)
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and said.startswith('error: ') and said.count('\n') == 1
+    return said
+
+
+@pytest.mark.parametrize('content, words', [
+    (b'', '0 tokens'), (b'123', 'not a multiple of 2'), (b'12' * 8, '8 tokens'),
+    (b'\xff\xff' * 100, 'token id 65535')])
+def test_bins_that_cannot_be_trained_on(tmp_path, capsys, content, words):
+    (tmp_path / 'train.bin').write_bytes(content)
+    said = refused(capsys, dataset.open_bin, str(tmp_path / 'train.bin'), 8, 1000)
+    assert words in said and 'train.bin' in said
+
+
+def test_a_bin_is_mapped_and_little_endian(tmp_path):
+    (tmp_path / 'train.bin').write_bytes(bytes([1, 0, 0, 1] * 10))
+    tokens = dataset.open_bin(str(tmp_path / 'train.bin'), 8, 1000)
+    assert isinstance(tokens, np.memmap) and tokens[:4].tolist() == [1, 256, 1, 256]
+    assert not tokens.flags.writeable
+
+
+def test_datasets_are_found_by_path_and_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder in ('data/mine', 'here'):
+        os.makedirs(folder)
+        for split in ('train', 'val'):
+            open(os.path.join(folder, f'{split}.bin'), 'wb').close()
+    for name in ('mine', 'here', str(tmp_path / 'here'), './here'):
+        folder = tmp_path / ('data/mine' if name == 'mine' else 'here')
+        assert os.path.samefile(dataset.find_data(name), folder)
+    assert 'data/text/prepare.py' in refused(capsys, dataset.find_data, 'nothing')
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'),
+                    reason='needs Linux, where a process can ask for its pages')
+def test_what_was_read_of_a_bin_does_not_stay_in_the_process(tmp_path):
+    def mapped():
+        with open('/proc/self/status') as f:
+            line = next(line for line in f if line.startswith('RssFile'))
+        return int(line.split()[1]) * 1024
+
+    path = tmp_path / 'train.bin'
+    np.arange(2 ** 25, dtype='<u2').tofile(path)  # 64 MiB
+    tokens = dataset.open_bin(str(path), 8, 2 ** 16)
+    before = mapped()
+    total = int(tokens.sum())
+    assert mapped() > before + 2 ** 25
+    dataset.forget_pages(tokens)
+    assert mapped() < before + 2 ** 24 and int(tokens.sum()) == total

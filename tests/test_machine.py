@@ -1,0 +1,162 @@
+"""The machine: which device and number format are chosen, and the memory that training needs."""
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY, run_here
+
+from model import GPT, GPTConfig
+from runtime import checkpoint, machine, optimizers
+from runtime.console import format_bytes
+
+
+def refused(capsys, function, *args):
+    with pytest.raises(SystemExit) as end:
+        function(*args)
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and said.startswith('error: ') and said.count('\n') == 1
+    return said
+
+
+def test_dtype_by_device():
+    assert machine.choose_dtype('auto', 'mps')[0] == 'float32'
+    assert machine.choose_dtype('bfloat16', 'mps')[0] == 'bfloat16'
+    assert machine.choose_dtype('float16', 'mps')[0] == 'float32'
+
+
+@pytest.mark.parametrize('amx, avx512, vendor, training, sampling', [
+    (True, True, 'GenuineIntel', 'bfloat16', 'bfloat16'),
+    (False, True, 'AuthenticAMD', 'bfloat16', 'bfloat16'),
+    (False, True, 'GenuineIntel', 'float32', 'bfloat16'),
+    (False, False, 'x', 'float32', 'float32')])
+def test_dtype_by_cpu(monkeypatch, amx, avx512, vendor, training, sampling):
+    # the machine's answers are replaced, as one machine has only one of them; this tests the rule
+    monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
+    monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: avx512)
+    monkeypatch.setattr(machine, 'read_cpu_vendor', lambda: vendor)
+    assert machine.choose_dtype('auto', 'cpu')[0] == training
+    assert machine.choose_dtype('auto', 'cpu', sampling=True)[0] == sampling
+
+
+def test_devices(capsys):
+    assert machine.choose_device('cpu', 3)[0] == 'cpu'
+    assert 'True' in refused(capsys, machine.choose_device, True)
+    if not torch.cuda.is_available():
+        assert machine.choose_device('auto')[0] in ('cpu', 'mps', 'xpu:0')
+        assert 'not available' in refused(capsys, machine.choose_device, 'cuda')
+
+
+@pytest.mark.gpu
+def test_cuda_means_the_local_rank(monkeypatch, capsys):
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    for device in ('auto', 'cuda', 'cuda:5'):
+        assert machine.choose_device(device, 0)[0] == 'cuda:0'
+    count = torch.cuda.device_count()
+    assert 'at most' in refused(capsys, machine.choose_device, 'cuda', count)
+
+
+def test_memory_estimate_has_16_bytes_per_parameter():
+    config = GPTConfig()
+
+    def estimate(batch_size=1, dtype='bfloat16', **options):
+        return machine.training_bytes(config, 1000, 8000, batch_size, dtype, **options)
+
+    state, small = estimate()
+    assert state == 16000
+    assert estimate(2)[1] == 2 * small < estimate(2, 'float32')[1]
+    assert estimate(2, compiled=False)[1] < 2 * small  # never all logits at once
+    assert estimate(recompute=True)[1] < small
+    parts = [[machine.training_bytes(config, 2 ** 30, 2 ** 33, 1, 'bfloat16', parallel=parallel,
+                                     ranks=ranks)[0] for ranks in (1, 2, 4)]
+             for parallel in ('ddp', 'zero1', 'fsdp')]
+    table = 8 * config.vocab_size * config.n_embd  # fsdp gathers it and its gradient
+    assert parts == [[16 * 2 ** 30] * 3, [2 ** 34, 12 * 2 ** 30, 10 * 2 ** 30],
+                     [2 ** 34, 2 ** 33 + table, 2 ** 32 + table]]
+
+
+KINDS = [('adamw', 'float32'), ('adamw', 'bfloat16'), ('muon', 'float32')]
+
+
+@pytest.mark.parametrize('optim, moments_dtype', KINDS)
+def test_state_bytes_are_those_after_a_step(optim, moments_dtype):
+    config = GPTConfig(block_size=8, vocab_size=50, n_layer=2, n_head=2, n_embd=16, tied=False,
+                       bigrams=7, embd_conv=2)
+    model = GPT(config)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
+    optimizer = optimizers.specialize(optimizer, optim, moments_dtype, 0.95, model)
+    count = optimizers.count_state_bytes(optimizer)
+    ids = torch.arange(16).view(2, 8)
+    model(ids, ids)[1].backward()
+    optimizer.step()
+    # without AdamW's count of its steps, which is one number per tensor
+    moments = [value for entry in optimizer.state.values() for value in entry.values()
+               if value.dim()]
+    assert count == sum(value.nbytes for value in moments)
+
+
+@pytest.mark.parametrize('optim, moments_dtype', KINDS)
+def test_the_memory_plan_is_what_a_checkpoint_has(char_data, tmp_path, optim, moments_dtype):
+    args = [*TINY, f'--dataset={char_data}', f'--out_dir={tmp_path}', '--n_embd=128',
+            '--max_iters=1', f'--optim={optim}', f'--moments_dtype={moments_dtype}']
+    plan = run_here('train.py', *args).stdout
+    state = checkpoint.load(str(tmp_path / 'ckpt.pt'))
+    weights = {w.data_ptr(): w.nbytes for w in state['model'].values()}  # tied ones only once
+    moments = [value.nbytes for entry in state['optimizer']['state'].values()
+               for value in entry.values() if value.dim()]
+    total = format_bytes(2 * sum(weights.values()) + sum(moments))
+    assert f'memory: {total} for weights, gradients and optimizer state' in plan
+
+
+def maps_huge_pages():
+    try:
+        with open('/sys/kernel/mm/transparent_hugepage/enabled') as f:
+            return '[always]' in f.read()
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='only glibc has these settings')
+@pytest.mark.skipif(maps_huge_pages(), reason='too few page faults to tell')
+def test_freed_memory_is_kept():
+    # in its own process, as the setting stays
+    code = """if True:
+        import resource, torch
+        from runtime import machine
+        def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        def steps():
+            before = faults()
+            for _ in range(20):
+                torch.ones(2 ** 24)  # 64 MiB
+            return faults() - before
+        first = steps()
+        machine.keep_freed_memory()
+        steps()  # the heap finds its size
+        print(first, steps())"""
+    out = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
+                         check=True).stdout
+    first, kept = map(int, out.split())
+    assert kept < first / 10 and first > 19 * 2 ** 26 / os.sysconf('SC_PAGESIZE')
+
+
+def test_free_memory_is_known_on_linux():
+    free = machine.free_memory('cpu')
+    assert free is None or 2 ** 20 < free < 2 ** 50
+
+
+@pytest.mark.parametrize('name, tera', [
+    ('NVIDIA A100-SXM4-80GB', 312), ('NVIDIA H100 80GB HBM3', 989), ('NVIDIA H100 PCIe', 756),
+    ('NVIDIA H100 NVL', 835), ('NVIDIA H200', 989), ('NVIDIA GH200 480GB', 989),
+    ('Tesla V100-SXM2-16GB', 125), ('Tesla T4', 65), ('NVIDIA L4', 121), ('NVIDIA L40S', 362),
+    ('NVIDIA A10', 125), ('NVIDIA A10G', 70), ('NVIDIA RTX A6000', 155),
+    ('NVIDIA GeForce RTX 4090', 165), ('NVIDIA GeForce RTX 4090 Laptop GPU', None),
+    ('NVIDIA RTX A1000', None), ('NVIDIA RTX A4000', None), ('NVIDIA T400', None),
+    ('NVIDIA A100-SXM4-40GB MIG 1g.5gb', None), ('', None)])
+def test_the_peak_goes_by_whole_words_of_the_name(name, tera):
+    assert machine.peak_flops(name) == (tera and tera * 1e12)
+
+
+def test_the_peak_of_a_cpu_is_unknown():
+    assert machine.device_peak_flops('cpu') is None
