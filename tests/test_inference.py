@@ -330,13 +330,19 @@ CHANGES = [share_attention, share_blocks, replace_attention, replace_by_the_same
            subclass_attention, patch_the_instance, patch_the_class, add_a_hook, patch_the_function]
 
 
-@pytest.mark.parametrize('accelerated', [False, True])
-@pytest.mark.parametrize('change', CHANGES)
+LATE_CHANGES = [share_attention, share_blocks, replace_attention, patch_the_instance, add_a_hook]
+
+
+@pytest.mark.parametrize('change, accelerated', [
+    *((change, accelerated) for change in CHANGES for accelerated in ('no', 'afterwards')),
+    *((change, 'before') for change in LATE_CHANGES)])
 def test_models_with_another_attention_generate_by_it(change, accelerated, monkeypatch):
     model, prompt = make_model(), torch.randint(50, (3, 5))
     unchanged = continue_greedily(model, prompt, 30)
+    if accelerated == 'before':
+        kernels.accelerate(model, 'cpu', 'float32')
     change(model, monkeypatch)
-    if accelerated:
+    if accelerated == 'afterwards':
         kernels.accelerate(model, 'cpu', 'float32')
     expected = continue_greedily(model, prompt, 30)
     assert not torch.equal(expected, unchanged)
