@@ -116,12 +116,16 @@ if activation_checkpointing:
 model.to(device, ptdtype if is_sampling else torch.float32)
 
 
-optimizer = GPT.configure_optimizers(model, 0.1, 1e-4, (0.9, 0.95), device_type)
-optimizer = optimizers.specialize(optimizer, optim, moments_dtype, 0.95, model)
-optimizer_bytes = optimizers.count_state_bytes(optimizer)
+def make_optimizer(model):
+    """As in train.py; AdamW for a model of transformers."""
+    optimizer = GPT.configure_optimizers(model, 0.1, 1e-4, (0.9, 0.95), device_type)
+    if isinstance(model, GPT):
+        optimizer = optimizers.specialize(optimizer, optim, moments_dtype, 0.95, model)
+    return optimizer
 
 
 def memory_needed(batch_size):
+    optimizer_bytes = optimizers.count_state_bytes(make_optimizer(model))
     return sum(machine.training_bytes(
         model.config, model.get_num_params(False), optimizer_bytes, batch_size, dtype, device_type,
         compile, activation_checkpointing))
@@ -171,9 +175,7 @@ def prepare_slices():
 
 def prepare_training(model, compute_loss):
     """An iteration as in train.py: a batch, forward and backward pass, clipping, an update."""
-    optimizer = GPT.configure_optimizers(model, 0.1, 1e-4, (0.9, 0.95), device_type)
-    if isinstance(model, GPT):
-        optimizer = optimizers.specialize(optimizer, optim, moments_dtype, 0.95, model)
+    optimizer = make_optimizer(model)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
     called_model = model
     if compile:  # transformers' model has nothing of ours
@@ -269,8 +271,6 @@ result = dict(what=what, compare=compare, device=name, dtype=dtype, compile=bool
               activation_checkpointing=activation_checkpointing, **vars(model.config),
               batch_size=num_samples if is_sampling else batch_size, times=len(times),
               ms_per_iter=1000 * dt, peak_memory_bytes=memory)
-
-
 result.update(timing.print_times(times, their_times[0] if compare else None, tokens_each))
 if what == 'train':
     flops = flops_per_token * tokens_each

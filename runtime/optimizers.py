@@ -23,8 +23,7 @@ def specialize(optimizer, optim, moments_dtype, momentum, model):
     groups = [dict(group) for group in optimizer.param_groups]
     options = {key: optimizer.defaults[key] for key in ('lr', 'betas', 'eps')}
     if optim == 'muon':
-        params = model.transformer.h.parameters()
-        matrices = {p for p in params if p.dim() >= 2 and p.requires_grad}
+        matrices = {p for p in model.transformer.h.parameters() if p.dim() >= 2}
         muon_groups = []
         for group in groups:
             own = [p for p in group['params'] if p in matrices]
@@ -45,6 +44,14 @@ def count_state_bytes(optimizer):
     return total
 
 
+def compute_loss(closure):
+    """What a closure given to step() returns, with gradients; None without a closure."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class LowMemoryAdamW(torch.optim.AdamW):
     """AdamW with its moments in bfloat16: 12 bytes per parameter in all instead of 16.
 
@@ -55,10 +62,7 @@ class LowMemoryAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = compute_loss(closure)
         for group in self.param_groups:
             for p in group['params']:
                 if p.grad is not None:
@@ -107,10 +111,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = compute_loss(closure)
         for group in self.param_groups:
             if 'momentum' not in group:
                 continue

@@ -1,5 +1,5 @@
 """
-What a training run says about itself: its plan at the start, its progress, and its end.
+What the scripts say: a training run's plan, progress and end, and the memory that sampling needs.
 """
 import math
 import os
@@ -35,13 +35,19 @@ def print_model(origin, model, config):
     say(text)
 
 
+def count_tokens(config):
+    """The tokens of an iteration, on all ranks together."""
+    sequences = config['gradient_accumulation_steps'] * config['batch_size']
+    return sequences * config['block_size']
+
+
 def print_data(data_dir, meta, tokens, config, ranks):
     """Prints what is read: the dataset's size, and the tokens of an iteration and of the run."""
     vocabulary = 'its own vocabulary' if meta else 'no meta.pkl: GPT-2 BPE'
     say(f'data: {data_dir} ({vocabulary}), {len(tokens["train"]):,} train tokens and '
         f'{len(tokens["val"]):,} val tokens')
     steps, batch_size = config['gradient_accumulation_steps'], config['batch_size']
-    tokens_per_iter = steps * batch_size * config['block_size']
+    tokens_per_iter = count_tokens(config)
     passes = config['max_iters'] * tokens_per_iter / len(tokens['train'])
     factors = ((steps // ranks, 'micro-batch', 'es'), (ranks, 'rank', 's'),
                (batch_size, 'sequence', 's'), (config['block_size'], 'token', 's'))
@@ -98,10 +104,9 @@ def format_eval(metrics, with_perplexity):
 
 def format_iter(iter_num, loss, dt, mfu, config, seconds_left):
     """The progress line: dt is the seconds of an iteration; mfu and seconds_left may be None."""
-    sequences = config['gradient_accumulation_steps'] * config['batch_size']
     text = f'iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu '
     text += 'n/a' if mfu is None else f'{mfu * 100:.2f}%'
-    text += f', {sequences * config["block_size"] / dt:,.0f} tokens/s'
+    text += f', {count_tokens(config) / dt:,.0f} tokens/s'
     if seconds_left is not None:
         text += f', {timedelta(seconds=round(seconds_left))} left'
     return text

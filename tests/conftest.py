@@ -150,6 +150,15 @@ def check_result(result, ok):
     return result
 
 
+def expect_error(capsys, function, *args):
+    """Calls a function that must end in one line with status 1; returns that line."""
+    with pytest.raises(SystemExit) as end:
+        function(*args)
+    line = capsys.readouterr().err
+    assert end.value.code == 1 and line.startswith('error: ') and line.count('\n') == 1
+    return line
+
+
 def run_here(script, *args, ok=True, cwd=ROOT):
     """run() within this process: all of the script, without torch's import each time."""
     out, err = io.StringIO(), io.StringIO()

@@ -3,16 +3,9 @@ import os
 
 import numpy as np
 import pytest
+from conftest import expect_error
 
 from runtime import dataset
-
-
-def refused(capsys, function, *args):
-    with pytest.raises(SystemExit) as end:
-        function(*args)
-    said = capsys.readouterr().err
-    assert end.value.code == 1 and said.startswith('error: ') and said.count('\n') == 1
-    return said
 
 
 @pytest.mark.parametrize('content, words', [
@@ -20,7 +13,7 @@ def refused(capsys, function, *args):
     (b'\xff\xff' * 100, 'token id 65535')])
 def test_bins_that_cannot_be_trained_on(tmp_path, capsys, content, words):
     (tmp_path / 'train.bin').write_bytes(content)
-    said = refused(capsys, dataset.open_bin, str(tmp_path / 'train.bin'), 8, 1000)
+    said = expect_error(capsys, dataset.open_bin, str(tmp_path / 'train.bin'), 8, 1000)
     assert words in said and 'train.bin' in said
 
 
@@ -40,7 +33,7 @@ def test_datasets_are_found_by_path_and_name(tmp_path, monkeypatch, capsys):
     for name in ('mine', 'here', str(tmp_path / 'here'), './here'):
         folder = tmp_path / ('data/mine' if name == 'mine' else 'here')
         assert os.path.samefile(dataset.find_data(name), folder)
-    assert 'data/text/prepare.py' in refused(capsys, dataset.find_data, 'nothing')
+    assert 'data/text/prepare.py' in expect_error(capsys, dataset.find_data, 'nothing')
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'),

@@ -6,19 +6,11 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run_here
+from conftest import ROOT, TINY, expect_error, run_here
 
 from model import GPT, GPTConfig
 from runtime import checkpoint, machine, optimizers
 from runtime.console import format_bytes
-
-
-def refused(capsys, function, *args):
-    with pytest.raises(SystemExit) as end:
-        function(*args)
-    said = capsys.readouterr().err
-    assert end.value.code == 1 and said.startswith('error: ') and said.count('\n') == 1
-    return said
 
 
 def test_dtype_by_device():
@@ -43,10 +35,10 @@ def test_dtype_by_cpu(monkeypatch, amx, avx512, vendor, training, sampling):
 
 def test_devices(capsys):
     assert machine.choose_device('cpu', 3)[0] == 'cpu'
-    assert 'True' in refused(capsys, machine.choose_device, True)
+    assert 'True' in expect_error(capsys, machine.choose_device, True)
     if not torch.cuda.is_available():
         assert machine.choose_device('auto')[0] in ('cpu', 'mps', 'xpu:0')
-        assert 'not available' in refused(capsys, machine.choose_device, 'cuda')
+        assert 'not available' in expect_error(capsys, machine.choose_device, 'cuda')
 
 
 @pytest.mark.gpu
@@ -55,7 +47,7 @@ def test_cuda_means_the_local_rank(monkeypatch, capsys):
     for device in ('auto', 'cuda', 'cuda:5'):
         assert machine.choose_device(device, 0)[0] == 'cuda:0'
     count = torch.cuda.device_count()
-    assert 'at most' in refused(capsys, machine.choose_device, 'cuda', count)
+    assert 'at most' in expect_error(capsys, machine.choose_device, 'cuda', count)
 
 
 def test_memory_estimate_has_16_bytes_per_parameter():
