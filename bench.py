@@ -196,7 +196,7 @@ def prepare_sampling():
     """The prompt and one token (prefill), or the prompt and all tokens, as in sample.py."""
     model.eval()
     if compile:
-        model.forward = torch.compile(model.forward)
+        kernels.compile_forward(model)
     elif device_type == 'cpu':
         kernels.pack_linears(model, num_samples)
     length = max_new_tokens if what == 'decode' else 1

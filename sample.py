@@ -164,7 +164,7 @@ if not stream and not interactive:
                                  machine.free_memory(device))
 note(f'memory: {report.describe_memory(model, prompt_length, max_new_tokens, rows)}')
 if compile:
-    model.forward = torch.compile(model.forward)
+    kernels.compile_forward(model)
 elif device_type == 'cpu':
     kernels.pack_linears(model, rows)
 if interactive:

@@ -9,6 +9,7 @@ With one process the functions here do nothing. With more, a model is trained in
 - fsdp: each rank has a part of weights, gradients and optimizer state, and a layer is gathered
   where it is computed (ZeRO-3).
 """
+import math
 import os
 import sys
 import time
@@ -42,8 +43,9 @@ def check_accumulation(gradient_accumulation_steps, batch_size, world_size):
     if gradient_accumulation_steps % world_size == 0:
         return
     sequences = gradient_accumulation_steps * batch_size
-    remedy = (f'{sequences} sequences per iteration cannot be divided among {world_size} ranks: '
-              'change --batch_size, too')
+    larger = math.ceil(gradient_accumulation_steps / world_size) * world_size
+    remedy = (f'the number of sequences per iteration, {sequences}, cannot stay the same: '
+              f'--gradient_accumulation_steps={larger} makes it {larger * batch_size}')
     for steps in range(gradient_accumulation_steps, sequences + 1):
         if steps % world_size == 0 and sequences % steps == 0:
             remedy = (f'for the same tokens/iter use --gradient_accumulation_steps={steps} '

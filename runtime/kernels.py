@@ -48,8 +48,8 @@ def accelerate(model, device_type, dtype):
         elif type(drop) is Dropout:
             model.transformer.drop = EmbeddingDropout(drop).train(drop.training)
     if changed:
-        note(f'model: {", ".join(sorted(changed))} computes what you wrote, '
-             'because the faster form would not include your change')
+        note('model: parts that run as you wrote them, because a faster form would not include '
+             f'your change: {", ".join(sorted(changed))}')
 
 
 # -----------------------------------------------------------------------------
@@ -255,6 +255,16 @@ def compile_model(model):
 
         loss_head.forward = choose_forward
     return torch.compile(model)
+
+
+def compile_forward(model):
+    """torch.compile() of the forward pass, for generation.
+
+    By default torch compiles again for each value of a number in a module. Here that is the length
+    of the KV cache, which changes with each token.
+    """
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True
+    model.forward = torch.compile(model.forward)
 
 
 def recompute_blocks(model):

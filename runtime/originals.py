@@ -55,7 +55,8 @@ def is_patched(module):
 
 def is_torchs(function):
     """Whether torch defines this function, so it isn't a patch."""
-    return function.__module__.startswith('torch.') and not hasattr(function, '__wrapped__')
+    module = getattr(function, '__module__', None) or ''
+    return module.startswith('torch.') and not hasattr(function, '__wrapped__')
 
 
 @functools.lru_cache(None)

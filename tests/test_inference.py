@@ -1,4 +1,5 @@
 """Generating with a KV cache: the same tokens as without one, in every way that a model is used."""
+import functools
 import gc
 import math
 import weakref
@@ -62,6 +63,23 @@ def cached_steps(monkeypatch):
 
 # -----------------------------------------------------------------------------
 # the cache
+@pytest.mark.parametrize('make', [make_model, make_fast_model])
+def test_compiled_it_is_not_compiled_again_for_each_token(make, monkeypatch):
+    model, prompt, graphs = make(), torch.randint(50, (2, 3)), []
+    expected = continue_greedily(model, prompt, 12)
+    torch._dynamo.reset()
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend=count))
+    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=False):
+        kernels.compile_forward(model)
+        assert torch.equal(model.generate(prompt, 12, temperature=0), expected)
+    assert 2 <= len(graphs) <= 3  # the prompt, a token, and a token of any position
+
+
 @pytest.mark.parametrize('bias', [True, False])
 def test_cache_gives_the_same_tokens_as_no_cache(bias, cached_steps):
     model, prompt = make_model(bias=bias), torch.randint(50, (3, 5))

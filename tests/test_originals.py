@@ -120,8 +120,8 @@ def check_line_and_kinds(model, kind, name, capsys):
         return
     assert kinds.pop(kind) is not FAST[kind]
     assert kinds == {other: FAST[other] for other in kinds} and len(kinds) == len(FAST) - 1
-    assert line.startswith(f'model: {name} ') and line.count('\n') == 1
-    assert 'what you wrote' in line
+    assert line.startswith('model: parts that run as you wrote them') and line.count('\n') == 1
+    assert line.endswith(f': {name}\n')
 
 
 def check_change(model, change, kind, capsys, name=None):
@@ -222,7 +222,8 @@ def test_an_edited_forward_keeps_its_residual_stream(tmp_path, monkeypatch, caps
         kernels.accelerate(model, 'cpu', 'bfloat16')
         assert type(model.transformer.drop) is expected
     line = ''.join(capsys.readouterr())
-    assert line.startswith('model: GPT computes what you wrote') and line.count('\n') == 1
+    assert line.startswith('model: parts that run as you wrote them') and line.count('\n') == 1
+    assert line.endswith(': GPT\n')
 
 
 def replace_output_layer(model, monkeypatch):

@@ -126,7 +126,7 @@ def test_accumulation_suggests_values_for_the_same_batch(capsys):
             (10, 12, 'for the same tokens/iter use --gradient_accumulation_steps=12 '
                      '--batch_size=10\n'),
             (1, 12, '--gradient_accumulation_steps=4 --batch_size=3\n'),
-            (5, 1, '5 sequences per iteration cannot be divided among 4 ranks')):
+            (5, 1, '5, cannot stay the same: --gradient_accumulation_steps=8 makes it 8\n')):
         with pytest.raises(SystemExit):
             distributed.check_accumulation(steps, batch_size, 4)
         err = capsys.readouterr().err
