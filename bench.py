@@ -72,9 +72,9 @@ exec(open(os.path.join(ROOT, 'configurator.py'), encoding='utf-8').read())
 # -----------------------------------------------------------------------------
 # the machine
 settings.check(config)
-fitting = {'hf': ('train', 'prefill', 'decode'), 'slices': ('data',)}.get(compare, (what,))
-if what not in fitting:
-    fail(f'compare={compare} does not work with what={what}', f'use it with {", ".join(fitting)}')
+choices = {'hf': ('train', 'prefill', 'decode'), 'slices': ('data',)}.get(compare, (what,))
+if what not in choices:
+    fail(f'compare={compare} does not work with what={what}', f'use it with {", ".join(choices)}')
 is_sampling = what in ('prefill', 'decode')
 device, device_reason = machine.choose_device(device)
 device_type = torch.device(device).type
@@ -131,12 +131,12 @@ def memory_needed(batch_size):
         compile, activation_checkpointing))
 
 
-free = machine.free_memory(device)
-while what == 'train' and free and batch_size > 1 and memory_needed(batch_size) > free:
+free_bytes = machine.free_memory(device)
+while what == 'train' and free_bytes and batch_size > 1 and memory_needed(batch_size) > free_bytes:
     batch_size //= 2
 if batch_size < config['batch_size']:
-    print(f'memory: batch_size={config["batch_size"]} would not fit into the {format_bytes(free)} '
-          f'that are free, so it is {batch_size}')
+    print(f'memory: batch_size={config["batch_size"]} would not fit into the '
+          f'{format_bytes(free_bytes)} that are free, so it is {batch_size}')
 prompt_length = min(1000 if what == 'prefill' else 16, block_size - 1)
 prompt = torch.randint(vocab_size, (num_samples, prompt_length), device=device)
 tokens_each = {'train': batch_size * block_size, 'data': batch_size * block_size,
@@ -227,8 +227,8 @@ def prepare_ours():
     if what == 'train':
         return prepare_training(model, lambda model, X, Y: model(X, Y, return_logits=False)[1])
     if what == 'run':  # train.py, with the arguments that aren't only this script's
-        own = '--(what|compare|repeats|num_samples|max_new_tokens|real_data|profile)'
-        args = [arg for arg in sys.argv[1:] if not re.match(own, arg)]
+        own_flags = '--(what|compare|repeats|num_samples|max_new_tokens|real_data|profile)'
+        args = [arg for arg in sys.argv[1:] if not re.match(own_flags, arg)]
         return timing.run_process([sys.executable, os.path.join(ROOT, 'train.py'), *args,
                                    f'--out_dir={scratch.name}'])
     if what == 'start':  # sample.py, on a checkpoint of this model
@@ -256,7 +256,7 @@ timing.warm_up(in_process, device)
 gc.freeze()  # as train.py does
 profiler = timing.start_profiler(out_dir) if profile else None
 times, *their_times = timing.measure_in_turns(works, device, repeats, tokens_each,
-                                              in_a_row=[] if profile else in_process)
+                                              short_works=[] if profile else in_process)
 memory = timing.peak_memory(device)
 if profiler:
     timing.print_profile(profiler, device_type, out_dir)

@@ -174,14 +174,14 @@ class GPT(nn.Module):
         c, T = self.config, idx.size(1)
         x = self.transformer.wte(idx)
         if c.bigrams:  # hashed pairs of tokens, Huang et al. 2025, https://arxiv.org/abs/2501.16975
-            previous = F.pad(idx, (1, 0), value=-1)[:, :-1]  # -1: no token comes before the first
-            pairs = idx * (c.vocab_size + 1) + previous + 1
+            previous_idx = F.pad(idx, (1, 0), value=-1)[:, :-1]  # -1: no token before the first
+            pairs = idx * (c.vocab_size + 1) + previous_idx + 1
             x = x + self.transformer.bigrams(pairs % c.bigrams)
         if c.embd_conv:  # a causal convolution for each channel, So et al. 2021
-            earlier = F.pad(x, (0, 0, c.embd_conv, 0))  # (B, embd_conv + T, C)
+            padded_x = F.pad(x, (0, 0, c.embd_conv, 0))  # (B, embd_conv + T, C)
             for k in range(1, c.embd_conv + 1):  # k tokens ago
                 start = c.embd_conv - k
-                x = torch.addcmul(x, earlier[:, start:start + T], self.transformer.conv[k - 1])
+                x = torch.addcmul(x, padded_x[:, start:start + T], self.transformer.conv[k - 1])
         return x
 
     def forward(self, idx, targets=None, return_logits=True):
@@ -225,8 +225,8 @@ class GPT(nn.Module):
             logits, _ = self(idx[:, -self.config.block_size:])
             logits = logits[:, -1] / temperature  # (B, V)
             if top_k:
-                least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                logits = logits.masked_fill(logits < least, -math.inf)
+                threshold = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                logits = logits.masked_fill(logits < threshold, -math.inf)
             idx = torch.cat((idx, torch.multinomial(logits.softmax(dim=-1), 1)), dim=1)
         return idx
 

@@ -44,23 +44,23 @@ def read_metrics(out_dir):
             if run_begins:
                 run_begins = False
                 for kind in events:
-                    earlier = {i: e for i, e in events[kind].items() if i < event['iter']}
-                    events[kind] = earlier
+                    events[kind] = {i: e for i, e in events[kind].items() if i < event['iter']}
             events[event['event']][event['iter']] = dict(event, tokens_per_iter=tokens_per_iter)
     return [[events[kind][i] for i in sorted(events[kind])] for kind in ('iter', 'eval')]
 
 
 def positions(events, iterations, x):
     """Where events are along the x axis: the iterations, tokens or seconds before each of them."""
-    done = np.array([e['iter'] for e in events])
+    iter_nums = np.array([e['iter'] for e in events])
     if x == 'iter':
-        return done
+        return iter_nums
     # a logged line is about all iterations since the line before it
     ends = np.array([0] + [e['iter'] + 1 for e in iterations])
-    each = [e['ms'] / 1000 if x == 'seconds' else e['tokens_per_iter'] for e in iterations]
+    amounts = [e['ms'] / 1000 if x == 'seconds' else e['tokens_per_iter'] for e in iterations]
+    totals = np.concatenate(([0], np.cumsum(amounts * np.diff(ends))))
     # iterations after the last line are counted like those before it
-    after = np.maximum(0, done - ends[-1]) * (each or [0])[-1]
-    return np.interp(done, ends, np.concatenate(([0], np.cumsum(each * np.diff(ends))))) + after
+    tail = np.maximum(0, iter_nums - ends[-1]) * (amounts or [0])[-1]
+    return np.interp(iter_nums, ends, totals) + tail
 
 
 def draw(runs, png, x='iter'):

@@ -101,16 +101,16 @@ def generate(start, rows=1, stream=False):
         ids = torch.cat(new_tokens, dim=1).tolist() if new_tokens else [[]] * rows
         return [(tokenizer.decode(row), False) for row in ids]
     texts = [TextStream(tokenizer, stops) for _ in range(rows)]
-    for new in steps:
-        for text, token in zip(texts, new[:, 0].tolist()):
+    for idx_next in steps:
+        for text, token in zip(texts, idx_next[:, 0].tolist()):
             text.add(token)
         if stream:
             print(texts[0].take(), end='', flush=True)
-        if all(text.ended for text in texts):
+        if all(text.is_complete for text in texts):
             break
     if stream:
         print(texts[0].take(all=True), flush=True)
-    return [(text.text, text.ended) for text in texts]
+    return [(text.text, text.is_complete) for text in texts]
 
 
 COMMANDS = ('temperature', 'top_k', 'top_p', 'max_new_tokens', 'seed', 'stop')
@@ -169,12 +169,12 @@ elif device_type == 'cpu':
     kernels.pack_linears(model, rows)
 if interactive:
     sys.exit(interact())
-for first in range(0, num_samples, rows):
-    streamed = stream and format == 'text'
-    if streamed:
+for first_sample in range(0, num_samples, rows):
+    is_streamed = stream and format == 'text'
+    if is_streamed:
         print(start, end='', flush=True)
-    for text, was_stopped in generate(start, min(rows, num_samples - first), streamed):
+    for text, was_stopped in generate(start, min(rows, num_samples - first_sample), is_streamed):
         if format == 'jsonl':
             print(json.dumps(dict(prompt=start, text=text, stopped=was_stopped)), flush=True)
             continue
-        print('' if streamed else start + text + '\n', '-' * 15, sep='', flush=True)
+        print('' if is_streamed else start + text + '\n', '-' * 15, sep='', flush=True)

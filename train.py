@@ -203,10 +203,10 @@ def estimate_loss():
                                                   ddp_rank, ddp_world_size)
         loss_sum = torch.zeros((), device=device)
         disable = None if master_process and eval_iters == 0 else True  # None: only on terminals
-        for starts, repeated, weight in tqdm(batches, split, leave=False, disable=disable):
+        for starts, mask, weight in tqdm(batches, split, leave=False, disable=disable):
             X, Y = get_batch(split, starts)
-            if repeated is not None:  # these targets are also in an earlier sequence
-                Y = Y.masked_fill(repeated.to(device), -1)
+            if mask is not None:  # these targets are also in an earlier sequence
+                Y = Y.masked_fill(mask.to(device), -1)
             with ctx:
                 _, loss = model(X, Y, return_logits=False)
             loss_sum += loss * weight
@@ -279,7 +279,7 @@ report.print_plan(origin, raw_model, config, data_dir, meta, tokens, (device, de
                   state_bytes, is_resumed=iter_num > 0)
 wandb_run = try_or_warn('wandb', start_wandb) if wandb_log and master_process else None
 if run_dir:
-    run_dir.begin(fresh=init_from != 'resume', config=config, device=device, dtype=dtype,
+    run_dir.begin(is_new=init_from != 'resume', config=config, device=device, dtype=dtype,
                   world_size=ddp_world_size)
 
 # -----------------------------------------------------------------------------
@@ -297,13 +297,13 @@ gc.freeze()  # the garbage collector need not look at all these objects again an
 X, Y = get_train_batch(iter_num, 0)
 eval_seconds = 0.0  # of the last evaluation
 losses = None
-t0, timed_from = time.perf_counter(), iter_num  # from here on the next progress line counts
+t0, t0_iter = time.perf_counter(), iter_num  # from here on the next progress line counts
 while True:
     last_step = iter_num >= max_iters
     lr = get_lr(iter_num) if decay_lr else learning_rate
     is_save_due = save_interval and iter_num % save_interval == 0
     stop_signal, save_requested = distributed.agree(signals.requests())
-    if (stop_signal or bad_steps.in_a_row >= max_bad_steps) and not last_step:
+    if (stop_signal or bad_steps.streak >= max_bad_steps) and not last_step:
         break
 
     # once in a while: evaluate, and save a checkpoint
@@ -363,8 +363,8 @@ while True:
     if iter_num % log_interval == 0:
         forget_pages(tokens['train'])
         loss = distributed.all_reduce_mean(loss_sum / micro_steps).item()  # waits for the device
-        dt = (time.perf_counter() - t0) / (iter_num + 1 - timed_from)
-        t0, timed_from = time.perf_counter(), iter_num + 1
+        dt = (time.perf_counter() - t0) / (iter_num + 1 - t0_iter)
+        t0, t0_iter = time.perf_counter(), iter_num + 1
         if peak_flops and iter_num - first_iter >= 5:  # the first iterations warm up
             new_mfu = raw_model.estimate_mfu(batch_size * micro_steps, dt, peak_flops)
             mfu = new_mfu if mfu is None else 0.9 * mfu + 0.1 * new_mfu
@@ -377,7 +377,7 @@ while True:
             run_dir.log(event='iter', iter=iter_num, loss=loss if math.isfinite(loss) else None,
                         ms=1000 * dt, lr=lr, mfu=mfu and 100 * mfu,
                         grad_norm=grad_norm.item() if grad_norm.isfinite() else None,
-                        bad_steps=bad_steps.in_a_row, skipped=bad_steps.total)
+                        bad_steps=bad_steps.streak, skipped=bad_steps.total)
     iter_num += 1
 
 # -----------------------------------------------------------------------------
@@ -389,7 +389,7 @@ path = run_dir.close() if run_dir else ''
 if run_dir and iter_num > first_iter and not stop_signal:  # after a signal it must end quickly
     try_or_warn('loss.png', plot.draw, [out_dir], os.path.join(out_dir, 'loss.png'))
 status = report.print_end(out_dir, path, iter_num, finished, eval_only, stop_signal,
-                          bad_steps.in_a_row, ddp_world_size)
+                          bad_steps.streak, ddp_world_size)
 if wandb_run:
     try_or_warn('wandb', wandb_run.finish)
 distributed.shutdown(status, signals.release)

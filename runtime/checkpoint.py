@@ -35,22 +35,22 @@ TYPES = {'model': dict, 'model_args': dict, 'optimizer': dict, 'config': dict, '
 
 # -----------------------------------------------------------------------------
 # writing
-def save(state, out_dir, best=True):
-    """Writes the state to ckpt.pt (best) or ckpt_last.pt in out_dir; returns the path.
+def save(state, out_dir, is_best=True):
+    """Writes the state to ckpt.pt (is_best) or ckpt_last.pt in out_dir; returns the path.
 
     The file is complete or isn't there: it gets its name only when all of it is on the disk.
     """
-    path = os.path.join(out_dir, BEST if best else LAST)
-    unfinished = path + '.tmp'
+    path = os.path.join(out_dir, BEST if is_best else LAST)
+    temp_path = path + '.tmp'
     try:
-        with open(unfinished, 'wb') as f:
+        with open(temp_path, 'wb') as f:
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(unfinished, path)
+        os.replace(temp_path, path)
     finally:
-        if os.path.exists(unfinished):  # on a full disk this makes room for the next try
-            os.remove(unfinished)
+        if os.path.exists(temp_path):  # on a full disk this makes room for the next try
+            os.remove(temp_path)
     if os.name == 'posix':
         folder = os.open(out_dir, os.O_RDONLY)
         with contextlib.suppress(OSError):  # some file systems don't support it
@@ -95,10 +95,10 @@ def load_newest(out_dir):
 
     A damaged file is named, and the other one is used.
     """
-    found = [pair for pair in (try_to_load(out_dir, name) for name in (BEST, LAST)) if pair]
-    if not found:
+    pairs = [pair for pair in (try_to_load(out_dir, name) for name in (BEST, LAST)) if pair]
+    if not pairs:
         fail_without_checkpoint(out_dir)
-    return max(found, key=lambda pair: pair[0]['iter_num'])
+    return max(pairs, key=lambda pair: pair[0]['iter_num'])
 
 
 def load_best(out_dir):
@@ -144,8 +144,8 @@ def load(path):
             raise ValueError('its tensors are larger than the file')
         check_sizes(state['model_args'], {name: w.shape for name, w in state['model'].items()})
     except Exception as e:  # a damaged archive raises almost anything
-        unreadable = (errno.EIO, errno.EACCES, errno.ENOMEM, errno.ESTALE)
-        if isinstance(e, OSError) and e.errno in unreadable:
+        access_errors = (errno.EIO, errno.EACCES, errno.ENOMEM, errno.ESTALE)
+        if isinstance(e, OSError) and e.errno in access_errors:
             fail(f'{path} cannot be read ({e.strerror})',
                  'the file itself may be fine: fix the access to it first', who='node')
         raise ValueError(f'{path} is not a readable checkpoint: {first_line(e)}') from e
@@ -157,22 +157,22 @@ def check_archive(path):
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type for entry in archive.infolist()):
             raise ValueError('it is compressed, which torch never does')
-        damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f'{damaged} in it is damaged')
+        damaged_entry = archive.testzip()
+        if damaged_entry:
+            raise ValueError(f'{damaged_entry} in it is damaged')
         pickle_name = next(name for name in archive.namelist() if name.endswith('/data.pkl'))
         pickled = archive.read(pickle_name)
     for opcode, arg, _ in pickletools.genops(pickled):
-        named = opcode.name == 'GLOBAL' and not GLOBALS.fullmatch(arg)
-        if named or opcode.name == 'STACK_GLOBAL':
+        is_code = opcode.name == 'GLOBAL' and not GLOBALS.fullmatch(arg)
+        if is_code or opcode.name == 'STACK_GLOBAL':
             raise ValueError(f'it asks for {arg}, and data needs no code')
 
 
 def check_state(state):
     """ValueError unless the dict has what a checkpoint needs, with values of the right type."""
-    missing = {'model', 'model_args', 'iter_num'} - set(state)
-    if missing:
-        raise ValueError(f'it has no {" or ".join(sorted(missing))}')
+    missing_keys = {'model', 'model_args', 'iter_num'} - set(state)
+    if missing_keys:
+        raise ValueError(f'it has no {" or ".join(sorted(missing_keys))}')
     for key, kind in TYPES.items():
         if key in state and not isinstance(state[key], kind):
             raise ValueError(f'its {key} is not a {kind.__name__}')
@@ -191,45 +191,46 @@ def check_state(state):
 
 def rename_weights(weights, model_args):
     """The weights without the prefixes that torch.compile and DDP put before their names."""
-    renamed = {}
+    plain_weights = {}
     for name, tensor in weights.items():
         while name.startswith(('_orig_mod.', 'module.')):
             name = name.partition('.')[2]
         if not name.endswith('.attn.bias'):  # old versions saved the causal mask as a weight
-            renamed[name] = tensor
+            plain_weights[name] = tensor
     if model_args.get('tied', True):
-        renamed['lm_head.weight'] = renamed.get('transformer.wte.weight')  # the same tensor
-    return renamed
+        wte = plain_weights.get('transformer.wte.weight')
+        plain_weights['lm_head.weight'] = wte
+    return plain_weights
 
 
-def count_bytes(value, seen):
+def count_bytes(value, seen_ids):
     """The bytes of the tensors in nested containers as float32; ValueError for unusual tensors."""
-    if id(value) in seen:
+    if id(value) in seen_ids:
         return 0
     if isinstance(value, torch.Tensor):
-        seen.add(id(value))
-        plain = value.layout == torch.strided and value.device.type == 'cpu'
-        if not plain or value.is_quantized or value.is_complex():
+        seen_ids.add(id(value))
+        is_plain = value.layout == torch.strided and value.device.type == 'cpu'
+        if not is_plain or value.is_quantized or value.is_complex():
             raise ValueError('it has a tensor that is not plain numbers on a CPU')
         return 4 * value.numel()
     if isinstance(value, (dict, list, tuple)):
-        seen.add(id(value))
+        seen_ids.add(id(value))
         items = value.values() if isinstance(value, dict) else value
-        return sum(count_bytes(item, seen) for item in items)
+        return sum(count_bytes(item, seen_ids) for item in items)
     return 0
 
 
 def check_sizes(model_args, shapes):
     """ValueError if the arguments ask for a larger or deeper model than {name: shape} has."""
-    largest = max((n for shape in shapes.values() for n in shape), default=0)
-    layers = min(1000, sum(str(name).endswith('.ln_1.weight') for name in shapes))
+    max_size = max((n for shape in shapes.values() for n in shape), default=0)
+    num_layers = min(1000, sum(str(name).endswith('.ln_1.weight') for name in shapes))
     for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'bigrams', 'embd_conv'):
-        optional = key in ('bigrams', 'embd_conv')
-        n = model_args.get(key, 0 if optional else None)
-        most = layers if key == 'n_layer' else largest
-        if type(n) is not int or not (0 if optional else 1) <= n <= most:
-            shown = n if type(n) is int else type(n).__name__
-            raise ValueError(f'{key}={shown} does not fit its weights')
+        is_optional = key in ('bigrams', 'embd_conv')
+        n = model_args.get(key, 0 if is_optional else None)
+        limit = num_layers if key == 'n_layer' else max_size
+        if type(n) is not int or not (0 if is_optional else 1) <= n <= limit:
+            value_text = n if type(n) is int else type(n).__name__
+            raise ValueError(f'{key}={value_text} does not fit its weights')
 
 
 def find_meta(state, out_dir, path):

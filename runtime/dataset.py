@@ -41,11 +41,11 @@ def find_data(name):
              'python data/text/prepare.py --input=FILE --name=NAME')
     with open(prepare, encoding='utf-8') as f:
         description = ast.get_docstring(ast.parse(f.read())) or 'no description'
-    small = short_path(os.path.join(ROOT, 'data', 'python_char', 'prepare.py'))
+    small_prepare = short_path(os.path.join(ROOT, 'data', 'python_char', 'prepare.py'))
     train = short_path(os.path.join(ROOT, 'train.py'))
     fail(f'dataset {name} is not prepared ({description.splitlines()[0]})',
          f'prepare it: python {short_path(prepare)}  or start small, without a download: '
-         f'python {small} && python {train} config/train_python_char.py')
+         f'python {small_prepare} && python {train} config/train_python_char.py')
 
 
 def open_bin(path, block_size, vocab_size, meta=None):
@@ -148,8 +148,9 @@ class DataOrder:
         micro_batch is its number among those of all ranks in this iteration.
         """
         if self.kind == 'epochs':
-            first = (iter_num * self.micro_batches + micro_batch) * self.batch_size
-            numbers = (divmod(n, self.per_epoch) for n in range(first, first + self.batch_size))
+            first_number = (iter_num * self.micro_batches + micro_batch) * self.batch_size
+            numbers = range(first_number, first_number + self.batch_size)
+            numbers = (divmod(n, self.per_epoch) for n in numbers)
             return np.array([self.epoch_starts(epoch)[n] for epoch, n in numbers])
         self.philox_state['state']['counter'][3] = iter_num
         self.philox.state = self.philox_state  # a tenth of the time of a new generator
@@ -159,15 +160,15 @@ class DataOrder:
     def draw_epoch(self, epoch):
         """The first tokens of an epoch's sequences, (per_epoch,), in their order."""
         rng = np.random.default_rng((self.seed, epoch))
-        unused = self.num_starts - (self.per_epoch - 1) * self.block_size
-        first = rng.integers(unused)  # another one in each epoch
-        return first + self.block_size * rng.permutation(self.per_epoch)
+        num_unused = self.num_starts - (self.per_epoch - 1) * self.block_size
+        first_start = rng.integers(num_unused)  # another one in each epoch
+        return first_start + self.block_size * rng.permutation(self.per_epoch)
 
 
 def list_eval_batches(tokens, split, block_size, batch_size, eval_iters, rank=0, world_size=1):
     """What an evaluation of a split of tokens reads on this rank: (batches, total_weight).
 
-    A batch is (starts, repeated, weight): the first tokens of its sequences (batch_size,), a mask
+    A batch is (starts, mask, weight): the first tokens of its sequences (batch_size,), a mask
     (batch_size, block_size) of the targets that an earlier sequence has, or None, and the share of
     the other targets. Each rank has the same number of batches, perhaps a last one of weight 0.
     total_weight is that of all ranks.
@@ -175,26 +176,26 @@ def list_eval_batches(tokens, split, block_size, batch_size, eval_iters, rank=0,
     eval_iters batches are evenly spaced over the split. With eval_iters=0 the val split's
     sequences are next to one another, so that every token is predicted once.
     """
-    last = len(tokens[split]) - block_size - 1  # the last start that leaves room for a target
+    last_start = len(tokens[split]) - block_size - 1  # the last start that leaves room for a target
     num_batches = eval_iters or math.ceil((len(tokens['val']) - 1) / block_size / batch_size)
     num_sequences = num_batches * batch_size
-    starts = np.linspace(0, last, num_sequences).astype(np.int64)
+    starts = np.linspace(0, last_start, num_sequences).astype(np.int64)
     num_repeated = np.zeros_like(starts)
     if eval_iters == 0 and split == 'val':
-        side_by_side = np.arange(num_sequences) * block_size
-        starts = np.minimum(side_by_side, last)
-        num_repeated = np.minimum(side_by_side - starts, block_size)
+        adjacent_starts = np.arange(num_sequences) * block_size
+        starts = np.minimum(adjacent_starts, last_start)
+        num_repeated = np.minimum(adjacent_starts - starts, block_size)
     starts = starts.reshape(num_batches, batch_size)
     num_repeated = num_repeated.reshape(num_batches, batch_size)
     weights = 1 - num_repeated.mean(axis=1) / block_size
     batches = []
-    for first in range(0, num_batches, world_size):
-        b = min(first + rank, num_batches - 1)
-        weight = weights[b] if first + rank < num_batches else 0.0
-        repeated = None
+    for first_batch in range(0, num_batches, world_size):
+        b = min(first_batch + rank, num_batches - 1)
+        weight = weights[b] if first_batch + rank < num_batches else 0.0
+        mask = None
         if num_repeated[b].any():
-            repeated = torch.arange(block_size) < torch.from_numpy(num_repeated[b, :, None])
-        batches.append((starts[b], repeated, float(weight)))
+            mask = torch.arange(block_size) < torch.from_numpy(num_repeated[b, :, None])
+        batches.append((starts[b], mask, float(weight)))
     return batches, float(weights.sum())
 
 

@@ -29,10 +29,10 @@ TIMEOUT = timedelta(minutes=10)  # how long a rank waits for the others until it
 def read_ranks():
     """(ddp_rank, ddp_local_rank, ddp_world_size) as torchrun sets them; (0, 0, 1) without it."""
     names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
-    present = [name for name in names[:3] if name in os.environ]
-    missing = [name for name in names if name not in os.environ]
-    if present and missing and os.environ.get('WORLD_SIZE') != '1':
-        fail(f'the environment has {" and ".join(present)}, but not {", ".join(missing)}',
+    set_names = [name for name in names[:3] if name in os.environ]
+    missing_names = [name for name in names if name not in os.environ]
+    if set_names and missing_names and os.environ.get('WORLD_SIZE') != '1':
+        fail(f'the environment has {" and ".join(set_names)}, but not {", ".join(missing_names)}',
              'start several processes with torchrun, which sets them all', who='rank')
     rank, local_rank, world_size = (os.environ.get(name) for name in names[:3])
     return int(rank or 0), int(local_rank or 0), int(world_size or 1)
@@ -43,9 +43,9 @@ def check_accumulation(gradient_accumulation_steps, batch_size, world_size):
     if gradient_accumulation_steps % world_size == 0:
         return
     sequences = gradient_accumulation_steps * batch_size
-    larger = math.ceil(gradient_accumulation_steps / world_size) * world_size
+    larger_steps = math.ceil(gradient_accumulation_steps / world_size) * world_size
     remedy = (f'the number of sequences per iteration, {sequences}, cannot stay the same: '
-              f'--gradient_accumulation_steps={larger} makes it {larger * batch_size}')
+              f'--gradient_accumulation_steps={larger_steps} makes it {larger_steps * batch_size}')
     for steps in range(gradient_accumulation_steps, sequences + 1):
         if steps % world_size == 0 and sequences % steps == 0:
             remedy = (f'for the same tokens/iter use --gradient_accumulation_steps={steps} '
@@ -88,9 +88,9 @@ def make_store(rank, world_size):
     (https://github.com/pytorch/pytorch/issues/135712; in one of three restarts a rank connected
     to one). So rank 0 gives all living ranks a new prefix. Each asks for it by a new name.
     """
-    agent_store = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
+    has_agent_store = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
     store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), world_size,
-                          is_master=rank == 0 and not agent_store, timeout=TIMEOUT)
+                          is_master=rank == 0 and not has_agent_store, timeout=TIMEOUT)
     name = prefix = uuid.uuid4().hex
     if rank > 0:
         store.set(f'name of {rank}', name)
@@ -98,9 +98,9 @@ def make_store(rank, world_size):
         store.add(f'have {prefix}', 1)
     end = time.monotonic() + TIMEOUT.total_seconds()
     while rank == 0 and store.add(f'have {prefix}', 0) < world_size - 1:
-        for other in range(1, world_size):
-            if store.check([f'name of {other}']):
-                other_name = store.get(f'name of {other}').decode()
+        for other_rank in range(1, world_size):
+            if store.check([f'name of {other_rank}']):
+                other_name = store.get(f'name of {other_rank}').decode()
                 store.set(f'prefix for {other_name}', prefix)
         if time.monotonic() > end:
             raise TimeoutError(f'not all of the {world_size} ranks started within {TIMEOUT}')
@@ -210,15 +210,15 @@ def gather(value, keep=True, copy=True, copies=None):
 
 def gather_optimizer(optimizer, keep=True, copy=True):
     """gather() of the optimizer's state_dict."""
-    local = local_optimizer(optimizer)
-    if local is optimizer:
+    local_optim = local_optimizer(optimizer)
+    if local_optim is optimizer:
         return gather(optimizer.state_dict(), keep, copy)
     # zero1's own consolidate_state_dict pickles a rank's part as one piece: it took 5.2 GB more
     # for the 0.5 GB of a 124M model
     params = [p for group in optimizer.param_groups for p in group['params']]
-    moments_dtype = getattr(local, 'moments_dtype', torch.float32)
+    moments_dtype = getattr(local_optim, 'moments_dtype', torch.float32)
     numbers = [None] * dist.get_world_size()
-    dist.all_gather_object(numbers, [i for i, p in enumerate(params) if p in local.state])
+    dist.all_gather_object(numbers, [i for i, p in enumerate(params) if p in local_optim.state])
     owners = {i: rank for rank in range(len(numbers)) for i in numbers[rank]}
     state = {}
     for i in sorted(owners):
@@ -227,8 +227,8 @@ def gather_optimizer(optimizer, keep=True, copy=True):
             tensor = torch.empty_like(p, dtype=moments_dtype)
             if key == 'step':
                 tensor = p.new_empty(())
-            if p in local.state:
-                tensor = local.state[p][key]
+            if p in local_optim.state:
+                tensor = local_optim.state[p][key]
             dist.broadcast(tensor, owners[i])
             state[i][key] = gather(tensor, keep, copy)
     return {**torch.optim.Optimizer.state_dict(optimizer), 'state': state}
@@ -271,12 +271,12 @@ def agree(numbers):
     global _vote
     if not _group:
         return tuple(numbers)
-    earlier = _vote
+    earlier_vote = _vote
     ballot = torch.tensor(numbers)
     _vote = ballot, dist.all_reduce(ballot, dist.ReduceOp.MAX, group=_group, async_op=True)
-    if not earlier:
+    if not earlier_vote:
         return (0,) * len(numbers)
-    ballot, work = earlier
+    ballot, work = earlier_vote
     work.wait()
     return tuple(ballot.tolist())
 

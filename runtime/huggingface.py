@@ -65,22 +65,22 @@ def read_weights(model_type, dtype=torch.float32):
     try:
         with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
             hf_config = json.loads(f.read(2 ** 20))
-        args = {ours: hf_config[theirs] for ours, theirs in SIZES.items()}
+        args = {our_name: hf_config[their_name] for our_name, their_name in SIZES.items()}
         for name, value in args.items():
             if type(value) is not int:
                 raise TypeError(f'{name} is not a whole number')
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         fail(f'{model_type!r} has no config.json of a GPT-2 ({type(e).__name__}: {first_line(e)})',
              f'name one of {", ".join(GPT2_SIZES)}, or a folder saved by transformers')
-    unknown = [f'{key}={hf_config[key]!r}' for key, value in REQUIRED.items()
-               if hf_config.get(key, value) != value]
+    unknown_options = [f'{key}={hf_config[key]!r}' for key, value in REQUIRED.items()
+                       if hf_config.get(key, value) != value]
     activation = hf_config.get('activation_function', 'gelu_new')
     if not isinstance(activation, str) or activation not in GELUS:
-        unknown.append(f'activation_function={activation!r}')
+        unknown_options.append(f'activation_function={activation!r}')
     if hf_config.get('n_inner') not in (None, 4 * args['n_embd']):
-        unknown.append(f'n_inner={hf_config["n_inner"]!r}')
-    if unknown:
-        fail(f'{model_type} is not a plain GPT-2: {", ".join(unknown)[:200]}',
+        unknown_options.append(f'n_inner={hf_config["n_inner"]!r}')
+    if unknown_options:
+        fail(f'{model_type} is not a plain GPT-2: {", ".join(unknown_options)[:200]}',
              'this model has no such option')
     weights = read_tensors(folder, args, dtype)
     args.update(bias=True, gelu=GELUS[activation])
@@ -113,7 +113,7 @@ def read_tensors(folder, args, dtype):
     if not names:
         fail(f'{folder} has no .safetensors file',
              'save it again with a recent transformers: model.save_pretrained(folder)')
-    found, shapes, weights = {}, {}, {}  # found: {our name: (path, their name)}
+    locations, shapes, weights = {}, {}, {}  # locations: {our name: (path, their name)}
     try:
         for path in (os.path.join(folder, name) for name in names):
             with safe_open(path, framework='pt') as f:
@@ -124,7 +124,7 @@ def read_tensors(folder, args, dtype):
                     header = f.get_slice(key)
                     if header.get_dtype() not in ('F64', 'F32', 'F16', 'BF16'):
                         raise ValueError(f'{key} is in {header.get_dtype()}')
-                    found[name] = path, key
+                    locations[name] = path, key
                     shapes[name] = tuple(header.get_shape())
         check_sizes(args, shapes)
         if args['n_embd'] % args['n_head']:
@@ -138,8 +138,8 @@ def read_tensors(folder, args, dtype):
                 raise ValueError(f'{name} has shape {shapes.get(name)}, '
                                  f'its config.json asks for {shape}')
         # the largest first: the mapped pages of the tensor being copied count as memory, too
-        for name in sorted(found, key=lambda name: -math.prod(shapes[name])):
-            path, key = found[name]
+        for name in sorted(locations, key=lambda name: -math.prod(shapes[name])):
+            path, key = locations[name]
             with safe_open(path, framework='pt') as f:  # closing it unmaps the pages
                 tensor = f.get_tensor(key)
                 if tensors[name][1]:
@@ -194,15 +194,15 @@ def write_folder(config, weights, hf_dir, meta=None):
     if meta and any(len(c) != 1 for c in meta.get('stoi', ())):
         fail('some tokens of its vocabulary are longer than a character',
              'transformers has no tokenizer for these: share the checkpoint instead')
-    known = {*SIZES, 'bias', 'gelu', 'dropout'}
+    known_fields = {*SIZES, 'bias', 'gelu', 'dropout'}
     options = [f'{field.name}={getattr(config, field.name)}'
                for field in config.__dataclass_fields__.values()
-               if field.name not in known and getattr(config, field.name) != field.default]
+               if field.name not in known_fields and getattr(config, field.name) != field.default]
     if options:
         fail(f"GPT-2's format cannot express {', '.join(options)}", 'share the checkpoint instead')
-    unknown = set(weights) - set(list_tensors(vars(config))) - {'lm_head.weight'}
-    if unknown:
-        fail(f"GPT-2's format cannot express {', '.join(sorted(unknown))[:200]}",
+    unknown_names = set(weights) - set(list_tensors(vars(config))) - {'lm_head.weight'}
+    if unknown_names:
+        fail(f"GPT-2's format cannot express {', '.join(sorted(unknown_names))[:200]}",
              'share the checkpoint instead')
     tokenizer = make_tokenizer(meta)
     vocab_size = len(tokenizer)
@@ -221,19 +221,19 @@ def write_folder(config, weights, hf_dir, meta=None):
             tensor = tensor.t()
         tensors[name] = tensor.contiguous()
     activation = next(name for name, gelu in GELUS.items() if gelu == config.gelu)
-    end = tokenizer.eos_token_id
+    end_id = tokenizer.eos_token_id
     hf_config = GPT2Config(
         architectures=['GPT2LMHeadModel'], vocab_size=vocab_size, n_positions=config.block_size,
         n_embd=config.n_embd, n_layer=config.n_layer, n_head=config.n_head,
         activation_function=activation, resid_pdrop=config.dropout, embd_pdrop=config.dropout,
-        attn_pdrop=config.dropout, bos_token_id=end, eos_token_id=end, dtype='float32',
+        attn_pdrop=config.dropout, bos_token_id=end_id, eos_token_id=end_id, dtype='float32',
         bias=config.bias)
     make_folder(hf_dir, '--hf_dir')
     weights_path = os.path.join(hf_dir, 'model.safetensors')
     save_file(tensors, weights_path, metadata={'format': 'pt'})
     os.chmod(weights_path, 0o644)  # save_file makes it readable only for its owner
     tokenizer.save_pretrained(hf_dir)
-    GenerationConfig(bos_token_id=end, eos_token_id=end).save_pretrained(hf_dir)
+    GenerationConfig(bos_token_id=end_id, eos_token_id=end_id).save_pretrained(hf_dir)
     hf_config.save_pretrained(hf_dir)  # last: with it the folder is complete
 
 
@@ -242,17 +242,17 @@ def make_tokenizer(meta):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
-    ours = get_tokenizer(meta)
+    our_tokenizer = get_tokenizer(meta)
     if meta:
-        special = {}
-        tokenizer = Tokenizer(models.WordLevel(ours.stoi))
+        special_tokens = {}
+        tokenizer = Tokenizer(models.WordLevel(our_tokenizer.stoi))
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
         tokenizer.decoder = decoders.Fuse()
     else:
-        special = dict(bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
-        converter = TikTokenConverter(pattern=ours.bpe._pat_str,
-                                      extra_special_tokens=ours.bpe._special_tokens)
-        converter.load_tiktoken_bpe = lambda path: ours.bpe._mergeable_ranks
+        special_tokens = dict(bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+        converter = TikTokenConverter(pattern=our_tokenizer.bpe._pat_str,
+                                      extra_special_tokens=our_tokenizer.bpe._special_tokens)
+        converter.load_tiktoken_bpe = lambda path: our_tokenizer.bpe._mergeable_ranks
         tokenizer = converter.converted()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False,
-                                   **special)
+                                   **special_tokens)

@@ -19,8 +19,8 @@ note_once = functools.lru_cache(None)(note)
 
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None):
     """Continues each row of the prompt idx (B, T): (B, T + max_new_tokens). See stream()."""
-    new = stream(model, idx, max_new_tokens, temperature, top_k, top_p, vocab_size)
-    return torch.cat((idx, *new), dim=1)
+    new_tokens = stream(model, idx, max_new_tokens, temperature, top_k, top_p, vocab_size)
+    return torch.cat((idx, *new_tokens), dim=1)
 
 
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None):
@@ -41,23 +41,23 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
     def draw(logits):
         return sample(logits[:, -1], temperature, top_k, top_p, vocab_size)
 
-    def decode(new):
-        return draw(cached_model(new))
+    def decode(idx_next):
+        return draw(cached_model(idx_next))
 
-    new = idx
+    idx_next = idx
     for n in range(max_new_tokens):
         with torch.no_grad():
-            if cached_model and cached_model.is_full(new.size(1)):
+            if cached_model and cached_model.is_full(idx_next.size(1)):
                 cached_model = None
             if not cached_model:
-                new = draw(model(idx)[0])
+                idx_next = draw(model(idx)[0])
             else:
                 # making a graph takes time, and needs a cache whose shapes don't change any more
                 if idx.is_cuda and max_new_tokens > 16 and n == cached_model.num_recent + 1:
-                    decode = make_cuda_graph(decode, new, cached_model.cache)
-                new = decode(new)
-        idx = torch.cat((idx, new), dim=1)[:, -block_size:]
-        yield new
+                    decode = make_cuda_graph(decode, idx_next, cached_model.cache)
+                idx_next = decode(idx_next)
+        idx = torch.cat((idx, idx_next), dim=1)[:, -block_size:]
+        yield idx_next
 
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, vocab_size=None):
@@ -116,7 +116,7 @@ class KVCache:
         self.length = 0  # tokens seen
         self.position = None  # the length as a tensor (1,) on the device
         self.mask = None  # of a static cache: which places the next token sees, (1, size)
-        self.recent = None  # the last token ids (B, n), if embeddings look at them
+        self.recent_idx = None  # the last token ids (B, n), if embeddings look at them
 
     def begin(self, idx):
         """Prepares the step for token ids idx (B, T)."""
@@ -208,7 +208,7 @@ class CachedModel:
         """The logits (B, 1, V) after token ids idx (B, T)."""
         self.cache.begin(idx)
         plain_parts = [modules[name] for modules, name, _ in self.parts]
-        own_embed = vars(self.model).get('embed')  # if somebody has patched it
+        patched_embed = vars(self.model).get('embed')  # if somebody has patched it
         try:
             for modules, name, part in self.parts:
                 modules[name] = part
@@ -218,8 +218,8 @@ class CachedModel:
             logits, _ = self.model(idx)
         finally:
             vars(self.model).pop('embed', None)
-            if own_embed:
-                vars(self.model)['embed'] = own_embed
+            if patched_embed:
+                vars(self.model)['embed'] = patched_embed
             for (modules, name, _), part in zip(self.parts, plain_parts):
                 modules[name] = part
         self.cache.end(idx.size(1))
@@ -229,13 +229,13 @@ class CachedModel:
         """The embeddings of idx (B, T), which also depend on the tokens before it."""
         cache = self.cache
         T = idx.size(1)
-        if cache.recent is not None:
-            idx = torch.cat((cache.recent, idx), dim=1)
-        recent = idx[:, -self.num_recent:]
-        if cache.recent is not None and recent.shape == cache.recent.shape:
-            cache.recent.copy_(recent)  # in place, for CUDA graphs
+        if cache.recent_idx is not None:
+            idx = torch.cat((cache.recent_idx, idx), dim=1)
+        recent_idx = idx[:, -self.num_recent:]
+        if cache.recent_idx is not None and recent_idx.shape == cache.recent_idx.shape:
+            cache.recent_idx.copy_(recent_idx)  # in place, for CUDA graphs
         else:
-            cache.recent = recent.clone()
+            cache.recent_idx = recent_idx.clone()
         return embed(idx)[:, -T:]
 
     def is_full(self, T):
@@ -244,8 +244,8 @@ class CachedModel:
         When the context is full, every token moves to another position with each new one. With
         learned positions all keys and values change then. Rotary positions don't need that.
         """
-        too_long = self.cache.length + T > self.model.config.block_size
-        return too_long and not self.model.config.rope_base
+        is_too_long = self.cache.length + T > self.model.config.block_size
+        return is_too_long and not self.model.config.rope_base
 
 
 def can_cache(model):
@@ -268,14 +268,14 @@ def can_cache(model):
     return is_known
 
 
-def make_cuda_graph(decode, new, cache):
+def make_cuda_graph(decode, idx_next, cache):
     """decode, which computes the next token (B, 1) from this one, as a CUDA graph.
 
     The step's hundreds of small kernels are then launched as one.
     """
-    length, token = cache.length, new.clone()
-    recent = None if cache.recent is None else cache.recent.clone()
-    with torch.cuda.device(new.device):
+    length, token = cache.length, idx_next.clone()
+    recent_idx = None if cache.recent_idx is None else cache.recent_idx.clone()
+    with torch.cuda.device(idx_next.device):
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side_stream):
@@ -287,12 +287,12 @@ def make_cuda_graph(decode, new, cache):
             next_token = decode(token)
     cache.length = length  # neither of the two steps counts
     cache.position.fill_(length)
-    if recent is not None:
-        cache.recent.copy_(recent)
+    if recent_idx is not None:
+        cache.recent_idx.copy_(recent_idx)
 
-    def replay(new):
-        with torch.cuda.device(new.device):
-            token.copy_(new)
+    def replay(idx_next):
+        with torch.cuda.device(idx_next.device):
+            token.copy_(idx_next)
             graph.replay()
         cache.length += 1
         return next_token.clone()

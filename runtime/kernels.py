@@ -26,17 +26,18 @@ def accelerate(model, device_type, dtype):
     fast_forms = {'LossHead': LossHead}
     if device_type == 'cpu':
         fast_forms.update(Dropout=Dropout, Attention=Attention, SquaredReLU=SquaredReLU)
-    replacements, changed = {}, set()
+    replacements = {}
+    edited_names = set()
     for parent in list(model.modules()):
         if isinstance(parent, LossHead):  # it has the plain one in it
             continue
         for name, part in parent.named_children():
-            bases = [base.__name__ for base in type(part).__mro__]
-            kind = next((base for base in bases if base in fast_forms), None)
+            base_names = [base.__name__ for base in type(part).__mro__]
+            kind = next((base for base in base_names if base in fast_forms), None)
             if kind is None or isinstance(part, fast_forms[kind]):
                 continue
             if not is_unchanged(part, kind):
-                changed.add(type(part).__name__)
+                edited_names.add(type(part).__name__)
                 continue
             if part not in replacements:  # a part may have several parents
                 replacements[part] = fast_forms[kind](part).train(part.training)
@@ -44,12 +45,12 @@ def accelerate(model, device_type, dtype):
     if device_type == 'cpu' and dtype == 'bfloat16':
         drop = getattr(model.transformer, 'drop', None)
         if not is_unchanged(model, 'GPT'):
-            changed.add(type(model).__name__)
+            edited_names.add(type(model).__name__)
         elif type(drop) is Dropout:
             model.transformer.drop = EmbeddingDropout(drop).train(drop.training)
-    if changed:
+    if edited_names:
         note('model: parts that run as you wrote them, because a faster form would not include '
-             f'your change: {", ".join(sorted(changed))}')
+             f'your change: {", ".join(sorted(edited_names))}')
 
 
 # -----------------------------------------------------------------------------
@@ -103,8 +104,8 @@ class Attention(nn.Module):
 
     def forward(self, q, k, v, dropout_p):
         B, nh, T, hs = q.size()
-        slow = dropout_p or T <= 1024 and q.dtype == torch.bfloat16 and q.requires_grad
-        if q.device.type != 'cpu' or not slow:
+        is_slow = dropout_p or T <= 1024 and q.dtype == torch.bfloat16 and q.requires_grad
+        if q.device.type != 'cpu' or not is_slow:
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
         mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
         q, k, v = (z.flatten(0, 1) for z in (q, k, v))  # (B * nh, T, hs)
@@ -245,13 +246,13 @@ def compile_model(model):
 
     Otherwise the loss would be compiled by itself, and would store all logits.
     """
-    drops = any(isinstance(part, Dropout) and part.p for part in model.modules())
-    if drops and hasattr(model, 'loss_head'):
+    has_dropout = any(isinstance(part, Dropout) and part.p for part in model.modules())
+    if has_dropout and hasattr(model, 'loss_head'):
         loss_head, forward = model.loss_head, model.loss_head.forward
-        uncompiled = torch.compiler.disable(forward)
+        eager_forward = torch.compiler.disable(forward)
 
         def choose_forward(*args):
-            return uncompiled(*args) if loss_head.training else forward(*args)
+            return eager_forward(*args) if loss_head.training else forward(*args)
 
         loss_head.forward = choose_forward
     return torch.compile(model)

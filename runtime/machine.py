@@ -174,7 +174,7 @@ def training_bytes(config, num_params, optimizer_bytes, batch_size, dtype, devic
     return state_bytes, tokens * layers_bytes + logits * (8 + 4 * width)
 
 
-def plan_memory(state_bytes, activation_bytes, allocated, device, ranks):
+def plan_memory(state_bytes, activation_bytes, allocated_bytes, device, ranks):
     """Prints training_bytes()' estimate, and warns if the part not yet allocated may not fit.
 
     A system that runs out of memory kills the process without a message.
@@ -184,9 +184,9 @@ def plan_memory(state_bytes, activation_bytes, allocated, device, ranks):
     if ranks > 1:
         text += ', on each rank'
     say(text)
-    free = free_memory(device)
-    if free is not None and state_bytes - allocated + activation_bytes > free:
-        warn(f'that may not fit: {format_bytes(free)} are free on {device}')
+    free_bytes = free_memory(device)
+    if free_bytes is not None and state_bytes - allocated_bytes + activation_bytes > free_bytes:
+        warn(f'that may not fit: {format_bytes(free_bytes)} are free on {device}')
 
 
 def free_memory(device):
@@ -199,19 +199,20 @@ def free_memory(device):
             line = next(line for line in f if line.startswith('MemAvailable'))
     except (OSError, StopIteration):
         return None
-    free = int(line.split()[1]) * 1024
+    free_bytes = int(line.split()[1]) * 1024
     with contextlib.suppress(OSError, ValueError):  # a container may have less; 'max': no limit
-        limit, used = (open(f'/sys/fs/cgroup/memory.{name}').read() for name in ('max', 'current'))
-        free = min(free, max(0, int(limit) - int(used)))
-    return free
+        paths = '/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory.current'
+        limit_bytes, used_bytes = (open(path).read() for path in paths)
+        free_bytes = min(free_bytes, max(0, int(limit_bytes) - int(used_bytes)))
+    return free_bytes
 
 
 def has_room(num_bytes, device):
     """Whether a copy of this size fits in the free memory of the CPU, with something to spare."""
     if torch.device(device).type != 'cpu':
         return True  # the copy is in the CPU's memory, and the model isn't
-    free = free_memory(device)
-    return free is None or free > 1.2 * num_bytes
+    free_bytes = free_memory(device)
+    return free_bytes is None or free_bytes > 1.2 * num_bytes
 
 
 def prepare_training(device_type, compile, parallel):
@@ -266,21 +267,21 @@ def explain_out_of_memory(device, batch_size, block_size, gradient_accumulation_
         phrases = ('out of memory', "can't allocate memory")
         if not issubclass(kind, MemoryError) and not any(phrase in text for phrase in phrases):
             return earlier_hook(kind, e, trace)
-        wanted, free = 'more memory', free_memory(device)
-        found = re.search(r'[Tt]ried to allocate ([\d.]+) (\w+)', text)
-        if found:
-            wanted = f'{found[1]} {found[2]}'
-            if found[2] == 'bytes':
-                wanted = f'{int(found[1]) / 2 ** 30:.2f} GiB'
-        free = 'an unknown amount' if free is None else f'{free / 2 ** 30:.2f} GiB'
+        request, free_text = 'more memory', free_memory(device)
+        match = re.search(r'[Tt]ried to allocate ([\d.]+) (\w+)', text)
+        if match:
+            request = f'{match[1]} {match[2]}'
+            if match[2] == 'bytes':
+                request = f'{int(match[1]) / 2 ** 30:.2f} GiB'
+        free_text = 'an unknown amount' if free_text is None else f'{free_text / 2 ** 30:.2f} GiB'
         sequences = gradient_accumulation_steps * batch_size
-        smaller = [b for b in range(batch_size // 2, 0, -1) if batch_size % b == 0][:2]
+        batch_sizes = [b for b in range(batch_size // 2, 0, -1) if batch_size % b == 0][:2]
         pairs = [f'--batch_size={b} --gradient_accumulation_steps={sequences // b}'
-                 for b in smaller]
+                 for b in batch_sizes]
         remedy = 'use a smaller --block_size or model'
         if pairs:
             remedy = f'for the same {sequences * block_size:,} tokens/iter use {" or ".join(pairs)}'
-        print(f'error: out of memory on {device}: {wanted} asked for, {free} free; {remedy}',
+        print(f'error: out of memory on {device}: {request} asked for, {free_text} free; {remedy}',
               file=sys.stderr, flush=True)
 
     sys.excepthook = hook

@@ -26,9 +26,9 @@ def specialize(optimizer, optim, moments_dtype, momentum, model):
         matrices = {p for p in model.transformer.h.parameters() if p.dim() >= 2}
         muon_groups = []
         for group in groups:
-            own = [p for p in group['params'] if p in matrices]
-            if own:
-                muon_groups.append({**group, 'params': own, 'momentum': momentum})
+            group_matrices = [p for p in group['params'] if p in matrices]
+            if group_matrices:
+                muon_groups.append({**group, 'params': group_matrices, 'momentum': momentum})
                 group['params'] = [p for p in group['params'] if p not in matrices]
         return Muon(groups + muon_groups, **options)
     return LowMemoryAdamW(groups, **options, fused=True)
@@ -129,10 +129,10 @@ class Muon(torch.optim.AdamW):
         device, lr, momentum = params[0].device, group['lr'], group['momentum']
         grad_scale = getattr(self, 'grad_scale', None)
         found_inf = getattr(self, 'found_inf', None)
-        skip = torch.zeros((), dtype=torch.bool, device=device)
+        is_bad = torch.zeros((), dtype=torch.bool, device=device)
         if found_inf is not None:
-            skip = found_inf > 0
-        decay = 1 - lr * group['weight_decay'] * ~skip
+            is_bad = found_inf > 0
+        decay = 1 - lr * group['weight_decay'] * ~is_bad
         updates = torch.empty(len(params), *shape, device=device)
         for p, row in zip(params, updates):
             if not self.state[p]:
@@ -142,12 +142,12 @@ class Muon(torch.optim.AdamW):
             if grad_scale is not None:
                 grad.div_(grad_scale)
             average = local_tensor(buffer)
-            average.lerp_(torch.where(skip, average, grad), 1 - momentum)
+            average.lerp_(torch.where(is_bad, average, grad), 1 - momentum)
             update = full_tensor(p.grad.lerp(buffer, momentum))  # Nesterov's
             row.copy_(update if update.shape == shape else update.t())
             local_tensor(p).mul_(decay)
             p.grad = None  # so that AdamW's step leaves this parameter out
-        updates.masked_fill_(skip, 0.0)
+        updates.masked_fill_(is_bad, 0.0)
         for p, update in zip(params, orthogonalize(updates)):
             update = update if p.shape == shape else update.t()
             p.add_(shard_like(update, p), alpha=-lr * 0.2 * math.sqrt(shape[1]))
@@ -196,8 +196,9 @@ def clip_and_step(optimizer, scaler, grad_clip):
     scaler.unscale_(optimizer)
     norm = grad_norm(optimizer)
     limit = grad_clip or math.inf
-    local = local_optimizer(optimizer)
-    can_skip = getattr(local, '_step_supports_amp_scaling', False) and norm.device.type != 'mps'
+    local_optim = local_optimizer(optimizer)
+    can_skip = getattr(local_optim, '_step_supports_amp_scaling', False)
+    can_skip = can_skip and norm.device.type != 'mps'
     if scaler.is_enabled() or not can_skip:
         # a GradScaler skips bad updates itself; for an optimizer that can't, the host waits
         params = [p for group in optimizer.param_groups for p in group['params']]
@@ -206,8 +207,8 @@ def clip_and_step(optimizer, scaler, grad_clip):
             scaler.step(optimizer)
     else:
         # the fused kernel divides by grad_scale, which clips without a pass over the gradients
-        local.found_inf = (~norm.isfinite()).float()
-        local.grad_scale = (norm / limit).clamp(min=1)
+        local_optim.found_inf = (~norm.isfinite()).float()
+        local_optim.grad_scale = (norm / limit).clamp(min=1)
         scaler.step(optimizer)
     scaler.update()
     return norm
@@ -218,18 +219,18 @@ class BadSteps:
 
     def __init__(self, device):
         self.device_counts = torch.zeros(2, device=device)  # in a row until now, and in all
-        self.in_a_row, self.total = 0, 0  # as of the last read()
+        self.streak, self.total = 0, 0  # as of the last read()
 
     def count(self, norm):
         """Counts an update that clip_and_step() skipped or made, by its norm."""
         is_bad = (~norm.isfinite()).float()
-        in_a_row, total = self.device_counts
-        self.device_counts = torch.stack(((in_a_row + 1) * is_bad, total + is_bad))
+        streak, total = self.device_counts
+        self.device_counts = torch.stack(((streak + 1) * is_bad, total + is_bad))
 
     def read(self, iter_num):
         """Reads the counts, and warns if updates were skipped since the last time."""
         total_before = self.total
-        self.in_a_row, self.total = self.device_counts.int().tolist()
+        self.streak, self.total = self.device_counts.int().tolist()
         if self.total > total_before:
             warn(f'iter {iter_num}: skipped updates, because their gradient was not finite: '
-                 f'{self.total - total_before} new, {self.in_a_row} in a row, {self.total} in all')
+                 f'{self.total - total_before} new, {self.streak} in a row, {self.total} in all')

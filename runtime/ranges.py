@@ -25,22 +25,23 @@ CHOICES = {
 
 def find_mistakes(config):
     """What is wrong with the values, as a list of texts."""
-    mistakes, wrong = [], set()
+    mistakes = []
+    wrong_names = set()
     for name, choices in CHOICES.items():
         if name in config and config[name] not in choices:
             mistakes.append(f'{name}={config[name]!r} is not known '
                             f'(use {", ".join(map(str, choices[:-1]))} or {choices[-1]})')
-    for requirement, holds, names in RANGES:
+    for requirement, is_allowed, names in RANGES:
         for name in names:
-            if name in config and not holds(config[name]):
-                wrong.add(name)
+            if name in config and not is_allowed(config[name]):
+                wrong_names.add(name)
                 mistakes.append(f'{name}={config[name]} must be {requirement}')
-    if {'n_embd', 'n_head'} <= config.keys() - wrong:
+    if {'n_embd', 'n_head'} <= config.keys() - wrong_names:
         n_embd, n_head = config['n_embd'], config['n_head']
         if n_embd % n_head:
-            near = max(1, round(n_embd / n_head)) * n_head
+            suggestion = max(1, round(n_embd / n_head)) * n_head
             mistakes.append(f'n_embd={n_embd} is not divisible by n_head={n_head} '
-                            f'(try --n_embd={near})')
+                            f'(try --n_embd={suggestion})')
         elif config.get('rope_base') and n_embd // n_head % 2:
             mistakes.append('rotary positions need heads of an even size, '
                             f'not n_embd={n_embd} / n_head={n_head} (try another --n_head)')

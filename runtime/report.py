@@ -27,11 +27,11 @@ def print_model(origin, model, config):
     """Prints where the model comes from, its size, and which settings it doesn't follow."""
     text = (f'model: {origin}, number of parameters: {model.get_num_params() / 1e6:.2f}M, '
             f'vocabulary {model.config.vocab_size}')
-    ignored = [f'{name}={config[name]}' for name, value in vars(model.config).items()
-               if name in config and name not in ('block_size', 'dropout')
-               and config[name] != value]
-    if ignored:
-        text += f' (ignored, because the weights have other values: {", ".join(ignored)})'
+    ignored_settings = [f'{name}={config[name]}' for name, value in vars(model.config).items()
+                        if name in config and name not in ('block_size', 'dropout')
+                        and config[name] != value]
+    if ignored_settings:
+        text += f' (ignored, because the weights have other values: {", ".join(ignored_settings)})'
     say(text)
 
 
@@ -81,11 +81,11 @@ def print_memory(model, optimizer_bytes, config, device, dtype, compile, ranks, 
         model.config, num_params, optimizer_bytes, config['batch_size'], dtype,
         torch.device(device).type, compile and parallel != 'fsdp',
         config['activation_checkpointing'], parallel, ranks)
-    allocated = 4 * num_params
+    allocated_bytes = 4 * num_params
     if is_resumed:
-        allocated += optimizer_bytes
-    allocated = state_bytes * allocated // (8 * num_params + optimizer_bytes)
-    machine.plan_memory(state_bytes, activation_bytes, allocated, device, ranks)
+        allocated_bytes += optimizer_bytes
+    allocated_bytes = state_bytes * allocated_bytes // (8 * num_params + optimizer_bytes)
+    machine.plan_memory(state_bytes, activation_bytes, allocated_bytes, device, ranks)
 
 
 # -----------------------------------------------------------------------------
@@ -131,12 +131,12 @@ def print_end(out_dir, path, iter_num, finished, eval_only, stop_signal, bad_ste
                      'what was saved before is still there')
         return status or 1
     if finished:
-        best = os.path.join(out_dir, checkpoint.BEST)
-        which = 'it'
-        if path != best and os.path.exists(best):  # sample.py prefers that one
-            which = f'the best, {best}'
+        best_path = os.path.join(out_dir, checkpoint.BEST)
+        target = 'it'
+        if path != best_path and os.path.exists(best_path):  # sample.py prefers that one
+            target = f'the best, {best_path}'
         script = short_path(os.path.join(ROOT, 'sample.py'))
-        say(f'saved {path} after {iter_num} iterations; sample from {which}: '
+        say(f'saved {path} after {iter_num} iterations; sample from {target}: '
             f'python {script} --out_dir={out_dir}')
     elif stop_signal:
         words = [word for word in sys.argv if not word.startswith('--init_from')]
@@ -157,7 +157,7 @@ def print_end(out_dir, path, iter_num, finished, eval_only, stop_signal, bad_ste
 # sampling
 def describe_memory(model, prompt_length, max_new_tokens, rows):
     """One line about the memory of the weights and the KV cache."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    cache = inference.cache_bytes(model, prompt_length, max_new_tokens)
-    return (f'{format_bytes(weights)} of weights; batch of {rows}, '
-            f'KV cache of {format_bytes(cache)} per sample')
+    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    row_bytes = inference.cache_bytes(model, prompt_length, max_new_tokens)
+    return (f'{format_bytes(weight_bytes)} of weights; batch of {rows}, '
+            f'KV cache of {format_bytes(row_bytes)} per sample')

@@ -31,8 +31,8 @@ def check_types(args, config_class):
              if field.default is not MISSING}
     for key, value in args.items():
         kind = kinds.get(key)
-        allowed = (float, int) if kind is float else (kind,)
-        if type(value) not in allowed and not (key == 'bias' and kind):
+        allowed_types = (float, int) if kind is float else (kind,)
+        if type(value) not in allowed_types and not (key == 'bias' and kind):
             raise ValueError(f'this model has no option {key} of type {type(value).__name__}')
 
 
@@ -43,14 +43,14 @@ def assemble(model_class, config, weights):
     """
     with torch.device('meta'), SkipInit():
         model = model_class(config)
-    tied = {}  # one tensor may have several names
+    names_by_id = {}  # one tensor may have several names
     for name, p in model.named_parameters(remove_duplicate=False):
-        tied.setdefault(id(p), []).append(name)
+        names_by_id.setdefault(id(p), []).append(name)
     model.load_state_dict(weights, assign=True)
-    for first, *others in tied.values():
-        for name in others:
+    for first_name, *other_names in names_by_id.values():
+        for name in other_names:
             module, _, attribute = name.rpartition('.')
-            setattr(model.get_submodule(module), attribute, model.get_parameter(first))
+            setattr(model.get_submodule(module), attribute, model.get_parameter(first_name))
     return model
 
 
@@ -65,11 +65,11 @@ class SkipInit(TorchFunctionMode):
 
 def fit_block_size(model, block_size, init_from):
     """Shortens the model's longest context to block_size; fails if it is shorter than that."""
-    longest = model.config.block_size
-    if block_size > longest:
-        fail(f'block_size={block_size} is larger than the {longest} of {init_from}',
-             f'use --block_size={longest} or less')
-    if block_size < longest:
+    max_block_size = model.config.block_size
+    if block_size > max_block_size:
+        fail(f'block_size={block_size} is larger than the {max_block_size} of {init_from}',
+             f'use --block_size={max_block_size} or less')
+    if block_size < max_block_size:
         model.crop_block_size(block_size)
 
 
@@ -86,36 +86,36 @@ def load_optimizer(optimizer, scaler, checkpoint, path, config):
     state = checkpoint.get('optimizer')
     if state is None:
         fail(f'{path} has no optimizer state', 'you can sample from it, but not resume it')
-    local = local_optimizer(optimizer)
+    local_optim = local_optimizer(optimizer)
     params = [p for group in optimizer.param_groups for p in group['params']]
-    local_params = {p for group in local.param_groups for p in group['params']}
+    local_params = {p for group in local_optim.param_groups for p in group['params']}
     muon_params = {p for group in optimizer.param_groups if 'momentum' in group
                    for p in group['params']}
-    moments_dtype = getattr(local, 'moments_dtype', torch.float32)
+    moments_dtype = getattr(local_optim, 'moments_dtype', torch.float32)
     try:
         if len(state['param_groups']) != len(optimizer.param_groups):
             raise ValueError('it is of another --optim')
-        for saved, group in zip(state['param_groups'], optimizer.param_groups):
-            group['weight_decay'] = float(saved['weight_decay'])
-            beta1, beta2 = map(float, saved['betas'])
+        for saved_group, group in zip(state['param_groups'], optimizer.param_groups):
+            group['weight_decay'] = float(saved_group['weight_decay'])
+            beta1, beta2 = map(float, saved_group['betas'])
             group['betas'] = (beta1, beta2)
             if 'momentum' in group:
-                group['momentum'] = float(saved['momentum'])
+                group['momentum'] = float(saved_group['momentum'])
         for i, p in enumerate(params if state['state'] else []):  # empty before the first update
             moments = {key: value[:len(p)] if value.dim() else value
                        for key, value in state['state'][i].items()}
-            expected = {'step': (), 'exp_avg': p.shape, 'exp_avg_sq': p.shape}
+            shapes = {'step': (), 'exp_avg': p.shape, 'exp_avg_sq': p.shape}
             if p in muon_params:
-                expected = {'momentum_buffer': p.shape}
-            if {key: value.shape for key, value in moments.items()} != expected:
+                shapes = {'momentum_buffer': p.shape}
+            if {key: value.shape for key, value in moments.items()} != shapes:
                 raise ValueError(f'it has other moments for a weight of shape {(*p.shape,)}')
             if p not in local_params:
                 continue
-            local.state[p] = {}
+            local_optim.state[p] = {}
             for key, value in moments.items():
                 dtype = moments_dtype if value.dim() else torch.float32
                 value = value.to(p.device, dtype, copy=True)  # the file may change or disappear
-                local.state[p][key] = shard_like(value, p)
+                local_optim.state[p][key] = shard_like(value, p)
     except Exception as e:  # it may have anything in it
         fail(f'the optimizer state in {path} does not fit its weights ({first_line(e)})',
              'use the --optim of that run, or another checkpoint')
@@ -130,8 +130,9 @@ def print_overruled(optimizer, config):
     """Prints which settings of the optimizer come from the checkpoint instead of the config."""
     group = optimizer.param_groups[0]
     momentum = optimizer.param_groups[-1].get('momentum')
-    wanted = config['weight_decay'], (config['beta1'], config['beta2'])
-    if (group['weight_decay'], group['betas']) == wanted and momentum in (None, config['momentum']):
+    config_values = config['weight_decay'], (config['beta1'], config['beta2'])
+    values = group['weight_decay'], group['betas']
+    if values == config_values and momentum in (None, config['momentum']):
         return
     text = f'weight_decay={group["weight_decay"]}, betas={group["betas"]}'
     if momentum is not None:

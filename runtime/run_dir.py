@@ -36,27 +36,27 @@ class RunDir:
         """Locks the folder, if it exists; fails if another run has locked it."""
         self.path = path
         self.lock = None
-        self.newest = None  # the name of the file that has, or will have, the newest state
-        self.unsaved = {}  # {file name: state} not yet written
-        self.written = {}  # {file name: iter_num}
+        self.newest_name = None  # the name of the file that has, or will have, the newest state
+        self.pending_states = {}  # {file name: state} not yet written
+        self.saved_iters = {}  # {file name: iter_num}
         self.thread = None
         self.can_log = True
         if os.path.isdir(path):
             self.acquire_lock()
 
-    def begin(self, fresh, **origin):
+    def begin(self, is_new, **origin):
         """Makes the folder and logs what makes this run.
 
-        Removes what a crash left unfinished. With fresh=True, moves an earlier run to previous/.
+        Removes what a crash left unfinished. With is_new=True, moves an earlier run to previous/.
         """
         try:
             os.makedirs(self.path, exist_ok=True)
             self.acquire_lock()
             for name in (BEST, LAST):
-                unfinished = os.path.join(self.path, name + '.tmp')
-                if os.path.exists(unfinished):
-                    os.remove(unfinished)
-            if fresh and move_earlier_run(self.path):
+                temp_path = os.path.join(self.path, name + '.tmp')
+                if os.path.exists(temp_path):
+                    os.remove(temp_path)
+            if is_new and move_earlier_run(self.path):
                 say(f'{self.path} already had a run: its checkpoints and metrics are now in '
                     f'{os.path.join(self.path, PREVIOUS)}')
             open(os.path.join(self.path, METRICS), 'a').close()
@@ -100,28 +100,28 @@ class RunDir:
                      'training continues')
             self.can_log = False
 
-    def save(self, state, best, copied=True):
-        """Has the thread write the state to ckpt.pt (best) or ckpt_last.pt.
+    def save(self, state, is_best, is_copy=True):
+        """Has the thread write the state to ckpt.pt (is_best) or ckpt_last.pt.
 
         It waits for the previous save first. The state must not change any more. A state that
-        isn't copied will change, so save() then waits, and doesn't keep it for another try.
+        isn't a copy will change, so save() then waits, and doesn't keep it for another try.
         """
         self.wait()
-        self.newest = BEST if best else LAST
-        if best:
-            self.unsaved.pop(LAST, None)  # it is older
-        self.unsaved[self.newest] = state
+        self.newest_name = BEST if is_best else LAST
+        if is_best:
+            self.pending_states.pop(LAST, None)  # it is older
+        self.pending_states[self.newest_name] = state
         self.thread = threading.Thread(target=self.write)
         self.thread.start()
-        if not copied:
+        if not is_copy:
             self.wait()
-            if self.newest in self.unsaved:
-                self.unsaved[self.newest] = None
+            if self.newest_name in self.pending_states:
+                self.pending_states[self.newest_name] = None
 
     def write(self):
         """Writes the states that are not yet written, the newest first. The thread runs it."""
-        for name in sorted(self.unsaved, key=lambda name: name != self.newest):
-            state = self.unsaved[name]
+        for name in sorted(self.pending_states, key=lambda name: name != self.newest_name):
+            state = self.pending_states[name]
             if state is None:
                 continue
             try:
@@ -130,11 +130,11 @@ class RunDir:
                     os.makedirs(self.path)
                     self.lock = None
                     self.acquire_lock()
-                checkpoint.save(state, self.path, best=name == BEST)
-                self.written[name] = state['iter_num']
-                if name == BEST and self.written.get(LAST, 0) <= state['iter_num']:
+                checkpoint.save(state, self.path, is_best=name == BEST)
+                self.saved_iters[name] = state['iter_num']
+                if name == BEST and self.saved_iters.get(LAST, 0) <= state['iter_num']:
                     checkpoint.remove_last(self.path)
-                del self.unsaved[name]
+                del self.pending_states[name]
             except (OSError, RuntimeError) as e:
                 while e.__context__:  # torch's writer hides the system's error behind its own
                     e = e.__context__
@@ -155,9 +155,9 @@ class RunDir:
         self.wait()
         if self.lock is not None:
             os.close(self.lock)
-        if self.newest in self.unsaved:
+        if self.newest_name in self.pending_states:
             return None
-        return os.path.join(self.path, self.newest)
+        return os.path.join(self.path, self.newest_name)
 
 
 def move_earlier_run(out_dir):
@@ -167,16 +167,16 @@ def move_earlier_run(out_dir):
     stay, and the new ones are added to them. What a crash interrupts is completed at the next
     start.
     """
-    previous = os.path.join(out_dir, PREVIOUS)
-    unfinished = previous + '.new'
-    if not checkpoint.exists(out_dir) and not os.path.exists(unfinished):
+    previous_dir = os.path.join(out_dir, PREVIOUS)
+    temp_dir = previous_dir + '.new'
+    if not checkpoint.exists(out_dir) and not os.path.exists(temp_dir):
         return False
-    os.makedirs(unfinished, exist_ok=True)
+    os.makedirs(temp_dir, exist_ok=True)
     for name in (BEST, LAST, METRICS):
         if os.path.exists(os.path.join(out_dir, name)):
-            os.replace(os.path.join(out_dir, name), os.path.join(unfinished, name))
-    shutil.rmtree(previous, ignore_errors=True)
-    os.replace(unfinished, previous)
+            os.replace(os.path.join(out_dir, name), os.path.join(temp_dir, name))
+    shutil.rmtree(previous_dir, ignore_errors=True)
+    os.replace(temp_dir, previous_dir)
     return True
 
 

@@ -48,10 +48,10 @@ def configure(space):
     """
     prepare_terminal()
     script = os.path.abspath(space['__file__'])
-    own = read_settings(script, space)
-    others = read_shared_settings(own)
+    own_settings = read_settings(script, space)
+    other_settings = read_shared_settings(own_settings)
     # a config file may use what train.py has: `min_lr = learning_rate / 10`, str(time.time())
-    loans = {name: setting.default for name, (setting, _) in others.items()}
+    loans = {name: setting.default for name, (setting, _) in other_settings.items()}
     loans.update(os=os, time=time, math=math)
     loans.update(np=np, torch=sys.modules.get('torch'))
     loans = {name: value for name, value in loans.items() if name not in space}
@@ -59,22 +59,22 @@ def configure(space):
     mistakes = []
     for arg in sys.argv[1:]:
         if not arg.startswith('-'):
-            mistakes += run_config_file(arg, space, own, others)
+            mistakes += run_config_file(arg, space, own_settings, other_settings)
     for arg in sys.argv[1:]:
         if arg.startswith('-') and arg not in ('-h', '--help'):
-            mistakes += read_flag(arg, space, own, others)
+            mistakes += read_flag(arg, space, own_settings, other_settings)
     for name in loans:
         space.pop(name, None)
-    config = {name: space[name] for name in own}
+    config = {name: space[name] for name in own_settings}
     if mistakes:
         # ranges are for our own scripts, and values of a wrong type can't be compared
         if script.startswith(ROOT + os.sep):
             mistakes += find_mistakes({name: value for name, value in config.items()
-                                       if type(value) is type(own[name].default)})
+                                       if type(value) is type(own_settings[name].default)})
         fail('; '.join(mistakes), f'python {short_path(script)} --help lists the settings')
     space['config'] = config
     if {'-h', '--help'} & set(sys.argv[1:]):
-        print_help(script, own, config)
+        print_help(script, own_settings, config)
         sys.exit(0)
 
 
@@ -108,12 +108,12 @@ def read_settings(path, space=None):
     if 'configurator.py' not in source:
         return {}
     lines = source.splitlines()
-    found, heading, last_line = {}, '', 0
+    settings, heading, last_line = {}, '', 0
     for node in ast.parse(source).body:
         # the line may be within `if __name__ == '__main__':`
         if re.search(r'\bexec\(.*configurator\.py', ast.unparse(node)):
             kinds = (bool, int, float, str)
-            return {name: setting for name, setting in found.items()
+            return {name: setting for name, setting in settings.items()
                     if isinstance(setting.default, kinds)}
         for line in lines[last_line:node.lineno - 1]:
             if line.startswith('#') and line.strip('#- '):
@@ -123,35 +123,35 @@ def read_settings(path, space=None):
         if len(targets) != 1 or not isinstance(targets[0], ast.Name):
             continue
         name = targets[0].id
-        known = {key: setting.default for key, setting in found.items()}
+        values = {key: setting.default for key, setting in settings.items()}
         try:
-            default = eval(ast.unparse(node.value), {'__builtins__': {}}, known)
+            default = eval(ast.unparse(node.value), {'__builtins__': {}}, values)
         except Exception:  # the default is the result of a call
             default = (space or {}).get(name)
         rest = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
         if not name.startswith('_'):
-            found[name] = Setting(default, heading, rest.partition('#')[2].strip())
+            settings[name] = Setting(default, heading, rest.partition('#')[2].strip())
     return {}
 
 
-def read_shared_settings(own):
+def read_shared_settings(own_settings):
     """{name: (Setting, script)} of the scripts that share config files, without those in own."""
-    others = {}
+    other_settings = {}
     for script in ('bench.py', 'sample.py', 'train.py'):
         try:
             settings = read_settings(os.path.join(ROOT, script))
         except (OSError, SyntaxError, UnicodeDecodeError):  # somebody is editing it
             continue
-        others.update((name, (setting, script)) for name, setting in settings.items()
-                      if name not in own)
-    return others
+        other_settings.update((name, (setting, script)) for name, setting in settings.items()
+                              if name not in own_settings)
+    return other_settings
 
 
-def run_config_file(arg, space, own, others):
+def run_config_file(arg, space, own_settings, other_settings):
     """Runs a config file in the script's globals; returns what is wrong, as a list of texts."""
     path = next((p for p in (arg, os.path.join(ROOT, arg)) if os.path.isfile(p)), None)
     if path is None:
-        return [explain_argument(arg, own)]
+        return [explain_argument(arg, own_settings)]
     if not path.endswith('.py'):
         return [f'{arg} is not a config file: their names end in .py; set a setting as --key=value']
     try:
@@ -169,50 +169,51 @@ def run_config_file(arg, space, own, others):
         return [f'{arg}, line {line}: {type(e).__name__}: {e}']
     mistakes = []
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
-    used = {node.id for node in names if isinstance(node.ctx, ast.Load)}
-    stored = dict.fromkeys(node.id for node in names if isinstance(node.ctx, ast.Store))
-    for name in stored:
+    loaded_names = {node.id for node in names if isinstance(node.ctx, ast.Load)}
+    stored_names = dict.fromkeys(node.id for node in names if isinstance(node.ctx, ast.Store))
+    for name in stored_names:
         if name not in space:  # a local variable of a function in the file
             continue
         value = space[name]
-        helper = (name in others or name.startswith('_') or name in used
-                  or isinstance(value, types.ModuleType) or callable(value))
-        if name in own:
+        is_helper = (name in other_settings or name.startswith('_') or name in loaded_names
+                     or isinstance(value, types.ModuleType) or callable(value))
+        if name in own_settings:
             try:
-                space[name] = convert(own[name].default, value)
+                space[name] = convert(own_settings[name].default, value)
             except ValueError as e:
                 mistakes.append(f'{name} in {arg} {e}')
-        elif not helper:
-            hint = suggest(name, [*own, *others])
+        elif not is_helper:
+            hint = suggest(name, [*own_settings, *other_settings])
             mistakes.append(f'unknown setting {name} in {arg}{hint}')
     return mistakes
 
 
-def explain_argument(arg, own):
+def explain_argument(arg, own_settings):
     """What is wrong with an argument that is neither a flag nor a file."""
     if os.path.isdir(arg):
         content = os.listdir(arg)
-        likely = [name for name, marker in (('dataset', 'train.bin'), ('dataset', 'prepare.py'),
-                                            ('init_from', 'config.json'),
-                                            ('runs', 'metrics.jsonl')) if marker in content]
-        name = next((n for n in [*likely, 'out_dir', 'runs', 'hf_dir'] if n in own), None)
+        markers = (('dataset', 'train.bin'), ('dataset', 'prepare.py'),
+                   ('init_from', 'config.json'), ('runs', 'metrics.jsonl'))
+        names = [name for name, marker in markers if marker in content]
+        names += ['out_dir', 'runs', 'hf_dir']
+        name = next((name for name in names if name in own_settings), None)
         if name:
             return f'{arg} is a folder, not a config file (did you mean --{name}={arg}?)'
-    known = glob.glob(os.path.join(ROOT, 'config', '*.py'))
-    hint = suggest(arg, sorted(os.path.relpath(path, ROOT) for path in known))
+    config_paths = glob.glob(os.path.join(ROOT, 'config', '*.py'))
+    hint = suggest(arg, sorted(os.path.relpath(path, ROOT) for path in config_paths))
     return f'config file {arg} was not found{hint}; set a setting as --key=value'
 
 
-def read_flag(arg, space, own, others):
+def read_flag(arg, space, own_settings, other_settings):
     """Sets the setting of a --key=value flag; returns what is wrong, as a list of texts."""
     name, equals, text = arg.removeprefix('--').partition('=')
-    if not arg.startswith('--') or name not in own:
-        if name in others:
-            hint = f' ({name} belongs to {others[name][1]})'
+    if not arg.startswith('--') or name not in own_settings:
+        if name in other_settings:
+            hint = f' ({name} belongs to {other_settings[name][1]})'
         else:
-            hint = suggest(name.lstrip('-'), own, '--')
+            hint = suggest(name.lstrip('-'), own_settings, '--')
         return [f'unknown setting {arg.partition("=")[0]}{hint}']
-    default = own[name].default
+    default = own_settings[name].default
     if not equals and not isinstance(default, bool):
         return [f'{arg} needs a value: {arg}=...']
     try:
@@ -222,15 +223,15 @@ def read_flag(arg, space, own, others):
     return []
 
 
-def suggest(name, known, prefix=''):
+def suggest(name, names, prefix=''):
     """' (did you mean ...?)' with the known name closest to this one; '' if none is close."""
     alias = ALIASES.get(name.replace('-', '_'))
-    closest = difflib.get_close_matches(name.replace('-', '_'), known, n=1)
-    if alias in known:
-        closest = [alias]
-    if not closest:
+    matches = difflib.get_close_matches(name.replace('-', '_'), names, n=1)
+    if alias in names:
+        matches = [alias]
+    if not matches:
         return ''
-    return f' (did you mean {prefix}{closest[0]}?)'
+    return f' (did you mean {prefix}{matches[0]}?)'
 
 
 def convert(default, value):
@@ -238,16 +239,16 @@ def convert(default, value):
     kind = 'auto' if default == 'auto' else type(default)
     is_number = (isinstance(value, numbers.Real) and not isinstance(value, bool)
                  and math.isfinite(value))
-    exact = {'auto': (bool, str), bool: bool, str: str}.get(kind, ())
-    if isinstance(value, exact):
+    exact_types = {'auto': (bool, str), bool: bool, str: str}.get(kind, ())
+    if isinstance(value, exact_types):
         return value
     if kind is bool and is_number and value in (0, 1):
         return bool(value)
     if kind is float and is_number or kind is int and is_number and value == int(value):
         return kind(value)
-    wanted = {'auto': "'auto' or its own type", bool: 'True or False', str: 'a string',
-              int: 'a whole number', float: 'a number'}
-    raise ValueError(f'needs {wanted[kind]}, not {value!r}')
+    descriptions = {'auto': "'auto' or its own type", bool: 'True or False', str: 'a string',
+                    int: 'a whole number', float: 'a number'}
+    raise ValueError(f'needs {descriptions[kind]}, not {value!r}')
 
 
 def parse(default, text):
@@ -278,15 +279,15 @@ def unquote(text):
     return value if isinstance(value, str) else text
 
 
-def print_help(script, own, config):
+def print_help(script, own_settings, config):
     """Prints the script's docstring, and its settings by group with default, value and help."""
     with open(script, encoding='utf-8') as f:
         print(ast.get_docstring(ast.parse(f.read())) or os.path.basename(script))
     heading = None
-    for name, setting in own.items():
+    for name, setting in own_settings.items():
         if setting.heading != heading:
             heading = setting.heading
             print(f'\n{heading}')
-        now = '' if config[name] == setting.default else f'  (now {config[name]!r})'
+        value_note = '' if config[name] == setting.default else f'  (now {config[name]!r})'
         assignment = f'{name}={setting.default!r}'
-        print(f'  --{assignment:<39}{now}  {setting.help}'.rstrip())
+        print(f'  --{assignment:<39}{value_note}  {setting.help}'.rstrip())

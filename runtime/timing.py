@@ -63,7 +63,7 @@ def measure_row(work, device, tokens):
     return measure(work, device, repeats, tokens) if repeats > 1 else seconds
 
 
-def measure_in_turns(works, device, repeats, tokens, in_a_row):
+def measure_in_turns(works, device, repeats, tokens, short_works):
     """The seconds of each of the works, measured in turns: a list for each.
 
     There are at least 3 measurements and at most `repeats`. The works in in_a_row are measured by
@@ -75,7 +75,7 @@ def measure_in_turns(works, device, repeats, tokens, in_a_row):
     while len(results[0]) < 3 or (len(results[0]) < repeats
                                   and time.perf_counter() - start < limit):
         for work, seconds in zip(works, results):
-            if work in in_a_row and tokens:
+            if work in short_works and tokens:
                 seconds.append(measure_row(work, device, tokens))
             else:
                 seconds.append(measure(work, device, tokens=tokens))

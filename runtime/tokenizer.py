@@ -25,9 +25,9 @@ class CharTokenizer:
 
     def encode(self, text):
         """Token ids (list of int) of the text; fails on a character without an id."""
-        unknown = ''.join(sorted(set(text) - self.stoi.keys()))
-        if unknown:
-            fail(f'characters {unknown!r} are not in the vocabulary of this model',
+        unknown_characters = ''.join(sorted(set(text) - self.stoi.keys()))
+        if unknown_characters:
+            fail(f'characters {unknown_characters!r} are not in the vocabulary of this model',
                  f'it has {"".join(sorted(self.stoi))!r}')
         return [self.stoi[c] for c in text]
 
@@ -94,30 +94,30 @@ class TextStream:
         self.tokenizer = tokenizer
         self.stops = stops
         self.text = ''
-        self.ended = False
-        self.taken = 0  # characters that take() has returned
-        self.longest_stop = max((len(stop) for stop in stops), default=1)
+        self.is_complete = False
+        self.num_taken = 0  # characters that take() has returned
+        self.max_stop_length = max((len(stop) for stop in stops), default=1)
         # a token may end within a character
         self.decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
 
     def add(self, token):
         """Adds a token's text, and cuts it off at the first stop text."""
-        if self.ended:
+        if self.is_complete:
             return
-        search_from = max(0, len(self.text) - self.longest_stop)
+        search_from = max(0, len(self.text) - self.max_stop_length)
         self.text += self.decoder.decode(self.tokenizer.decode_bytes([token]))
         places = [self.text.find(stop, search_from) for stop in self.stops]
         places = [place for place in places if place >= 0]
         if places:
-            self.text, self.ended = self.text[:min(places)], True
+            self.text, self.is_complete = self.text[:min(places)], True
 
     def take(self, all=False):
         """The text since the last call, without what may be the beginning of a stop text."""
         end = len(self.text)
-        if not self.ended and not all:
-            end = max(self.taken, end - self.longest_stop + 1)
-        new_text = self.text[self.taken:end]
-        self.taken = end
+        if not self.is_complete and not all:
+            end = max(self.num_taken, end - self.max_stop_length + 1)
+        new_text = self.text[self.num_taken:end]
+        self.num_taken = end
         return new_text
 
 
@@ -170,9 +170,9 @@ def check_meta(meta):
     stoi and itos must fit the vocab_size and each other.
     """
     dtype = meta.get('dtype', 'uint16') if isinstance(meta, dict) else None
-    largest = {'uint16': 2 ** 16, 'uint32': 2 ** 24}.get(dtype, 0)
-    vocab_size = meta.get('vocab_size') if largest else None
-    if type(vocab_size) is not int or not 1 <= vocab_size <= largest:
+    max_vocab_size = {'uint16': 2 ** 16, 'uint32': 2 ** 24}.get(dtype, 0)
+    vocab_size = meta.get('vocab_size') if max_vocab_size else None
+    if type(vocab_size) is not int or not 1 <= vocab_size <= max_vocab_size:
         raise ValueError('it has no vocab_size from 1 to 65,536, '
                          'or to 16,777,216 with a dtype of uint32')
     if 'stoi' not in meta and 'itos' not in meta:
@@ -184,8 +184,8 @@ def check_meta(meta):
         raise ValueError('its stoi and itos are not tables')
     if stoi != {c: i for i, c in itos.items()}:
         raise ValueError('its stoi and itos are not the same table')
-    numbered = set(itos) == set(range(len(itos))) and all(type(i) is int for i in stoi.values())
-    if not numbered or len(itos) > vocab_size:
+    is_numbered = set(itos) == set(range(len(itos))) and all(type(i) is int for i in stoi.values())
+    if not is_numbered or len(itos) > vocab_size:
         raise ValueError(f'its table does not number the ids from 0 to at most {vocab_size - 1}')
     ''.join(stoi).encode('utf-8')  # raises unless every token is text of whole characters
 
@@ -204,8 +204,8 @@ def read_meta(data_dir):
             data = f.read(2 ** 28)  # a table of 65,536 characters takes less than 2 MB
         for opcode, arg, _ in pickletools.genops(data):
             if opcode.name not in PLAIN_OPCODES:
-                wanted = f'{opcode.name} {arg}' if arg else opcode.name
-                raise ValueError(f'it asks for {wanted}, and data needs no code')
+                request = f'{opcode.name} {arg}' if arg else opcode.name
+                raise ValueError(f'it asks for {request}, and data needs no code')
             if 'PUT' in opcode.name and int(arg) > len(data):
                 raise ValueError('it asks for more memory than it can need')
         meta = pickle.loads(data)

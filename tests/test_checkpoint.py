@@ -73,17 +73,17 @@ def tiny_state(iter_num):
 def test_newest_to_resume_best_to_sample(tmp_path, capsys):
     out_dir = str(tmp_path)
     assert not checkpoint.exists(out_dir)
-    checkpoint.save(tiny_state(5), out_dir, best=True)
-    checkpoint.save(tiny_state(9), out_dir, best=False)
+    checkpoint.save(tiny_state(5), out_dir, is_best=True)
+    checkpoint.save(tiny_state(9), out_dir, is_best=False)
     assert checkpoint.load_newest(out_dir)[0]['iter_num'] == 9
     assert checkpoint.load_best(out_dir)[0]['iter_num'] == 5
     (tmp_path / 'ckpt.pt').unlink()
     assert checkpoint.load_best(out_dir)[1].endswith('ckpt_last.pt')
-    checkpoint.save(tiny_state(10), out_dir, best=True)
+    checkpoint.save(tiny_state(10), out_dir, is_best=True)
     assert sorted(os.listdir(out_dir)) == ['ckpt.pt', 'ckpt_last.pt']
     assert checkpoint.load_newest(out_dir)[0]['iter_num'] == 10
     # a damaged file is named, and the other one is used
-    checkpoint.save(tiny_state(12), out_dir, best=False)
+    checkpoint.save(tiny_state(12), out_dir, is_best=False)
     content = bytearray((tmp_path / 'ckpt_last.pt').read_bytes())
     content[len(content) // 2] ^= 4
     (tmp_path / 'ckpt_last.pt').write_bytes(content)

@@ -145,14 +145,14 @@ def test_skipped_updates_are_counted(capsys):
     bad_steps = BadSteps('cpu')
     for norm in (1.0, math.nan, 2.0, math.inf, math.nan):
         bad_steps.count(torch.tensor(norm))
-    assert (bad_steps.in_a_row, bad_steps.total) == (0, 0)  # not before it is read
+    assert (bad_steps.streak, bad_steps.total) == (0, 0)  # not before it is read
     bad_steps.read(5)
-    assert (bad_steps.in_a_row, bad_steps.total) == (2, 3)
+    assert (bad_steps.streak, bad_steps.total) == (2, 3)
     warning = capsys.readouterr().err
     assert warning.startswith('warning: iter 5: skipped updates') and warning.count('\n') == 1
     bad_steps.count(torch.tensor(1.0))
     bad_steps.read(6)
-    assert (bad_steps.in_a_row, bad_steps.total) == (0, 3) and capsys.readouterr().err == ''
+    assert (bad_steps.streak, bad_steps.total) == (0, 3) and capsys.readouterr().err == ''
 
 
 def test_a_run_clips_its_gradients(char_data, tmp_path):

@@ -23,7 +23,7 @@ def make_state(iter_num, size=10):
 
 def start_run(path):
     run_dir = RunDir(str(path))
-    run_dir.begin(fresh=False)
+    run_dir.begin(is_new=False)
     return run_dir
 
 
@@ -34,16 +34,16 @@ def read_iter_num(path):
 def test_what_could_not_be_saved_is_saved_with_the_next(tmp_path, capsys):
     folder, aside = tmp_path / 'run', tmp_path / 'aside'
     run_dir = start_run(folder)
-    run_dir.save(make_state(1), best=True)
+    run_dir.save(make_state(1), is_best=True)
     run_dir.wait()
     shutil.move(folder, aside)
     folder.write_text('this file is in the way')
-    run_dir.save(make_state(2), best=True)
+    run_dir.save(make_state(2), is_best=True)
     run_dir.wait()
     assert 'ckpt.pt could not be saved' in capsys.readouterr().err
     folder.unlink()
     shutil.move(aside, folder)
-    run_dir.save(make_state(3), best=False)
+    run_dir.save(make_state(3), is_best=False)
     assert run_dir.close() == str(folder / 'ckpt_last.pt')
     assert read_iter_num(folder / 'ckpt.pt') == 2
     assert read_iter_num(folder / 'ckpt_last.pt') == 3
@@ -51,8 +51,8 @@ def test_what_could_not_be_saved_is_saved_with_the_next(tmp_path, capsys):
 
 def test_a_newer_ckpt_removes_ckpt_last(tmp_path):
     run_dir = start_run(tmp_path)
-    for iter_num, best in ((1, True), (2, False), (3, True)):
-        run_dir.save(make_state(iter_num), best)
+    for iter_num, is_best in ((1, True), (2, False), (3, True)):
+        run_dir.save(make_state(iter_num), is_best)
     assert run_dir.close() == str(tmp_path / 'ckpt.pt')
     assert list_files(tmp_path) == ['ckpt.pt', 'metrics.jsonl']
     assert read_iter_num(tmp_path / 'ckpt.pt') == 3
@@ -61,16 +61,16 @@ def test_a_newer_ckpt_removes_ckpt_last(tmp_path):
 def test_a_second_try_does_not_remove_what_is_newer(tmp_path, monkeypatch):
     failing, save = set(), checkpoint.save
 
-    def try_to_save(state, out_dir, best):
+    def try_to_save(state, out_dir, is_best):
         if state['iter_num'] in failing:
             raise OSError(28, 'No space left on device')
-        return save(state, out_dir, best)
+        return save(state, out_dir, is_best)
 
     monkeypatch.setattr(checkpoint, 'save', try_to_save)
     run_dir = start_run(tmp_path)
-    for iter_num, best, failing in ((500, True, {}), (1000, True, {1000}), (1500, False, {1000}),
-                                    (2000, False, {2000})):
-        run_dir.save(make_state(iter_num), best)
+    for iter_num, is_best, failing in ((500, True, {}), (1000, True, {1000}), (1500, False, {1000}),
+                                       (2000, False, {2000})):
+        run_dir.save(make_state(iter_num), is_best)
         run_dir.wait()
     assert read_iter_num(tmp_path / 'ckpt.pt') == 1000
     assert read_iter_num(tmp_path / 'ckpt_last.pt') == 1500
@@ -80,14 +80,14 @@ def test_a_second_try_does_not_remove_what_is_newer(tmp_path, monkeypatch):
 def test_what_was_not_copied_is_not_tried_again(tmp_path, capsys):
     state = dict(model={}, iter_num=1, live=torch.zeros(3))
     run_dir = RunDir(str(tmp_path / 'run'))
-    run_dir.begin(fresh=True)
+    run_dir.begin(is_new=True)
     blocked = tmp_path / 'run' / 'ckpt.pt.tmp'
     blocked.mkdir()  # the file would be here
-    run_dir.save(state, best=True, copied=False)
+    run_dir.save(state, is_best=True, is_copy=False)
     assert 'could not be saved' in capsys.readouterr().err
     blocked.rmdir()
     state['live'] += 1  # training continues
-    run_dir.save(dict(state, iter_num=2), best=False)
+    run_dir.save(dict(state, iter_num=2), is_best=False)
     run_dir.wait()
     # ckpt.pt would have later weights than its iter_num says
     assert list_files(tmp_path / 'run') == ['ckpt_last.pt', 'metrics.jsonl']
@@ -104,7 +104,7 @@ def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, 'fsync', sync_files)
     run_dir = start_run(tmp_path)
-    run_dir.save(make_state(1), best=True)
+    run_dir.save(make_state(1), is_best=True)
     assert run_dir.close() == str(tmp_path / 'ckpt.pt')
     assert read_iter_num(tmp_path / 'ckpt.pt') == 1
 
@@ -112,8 +112,8 @@ def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch):
 @pytest.mark.parametrize('moves', range(4))
 def test_moving_an_earlier_run_survives_a_crash(tmp_path, monkeypatch, moves):
     run_dir = start_run(tmp_path)
-    for iter_num, best in ((1, True), (2, False)):
-        run_dir.save(make_state(iter_num), best)
+    for iter_num, is_best in ((1, True), (2, False)):
+        run_dir.save(make_state(iter_num), is_best)
     run_dir.close()
     move, moved = os.replace, []
 
@@ -136,7 +136,7 @@ def test_a_save_is_a_copy_of_the_moment_and_tied_tensors_stay_one(tmp_path):
     w = torch.ones(3_000_000)
     optimizer = {'state': {0: {'step': torch.tensor(1.0)}}}
     state = dict(model={'a': w, 'b': w}, optimizer=optimizer, iter_num=1)
-    run_dir.save(distributed.gather(state), best=True)
+    run_dir.save(distributed.gather(state), is_best=True)
     w.zero_()  # training continues while the state is written
     run_dir.close()
     saved = torch.load(tmp_path / 'ckpt.pt', weights_only=True)['model']
@@ -273,8 +273,8 @@ def test_a_closed_terminal_does_not_end_a_run(char_data, tmp_path):
 
 def test_without_room_for_a_copy(char_data, tmp_path, monkeypatch):
     args = [*TINY, f'--dataset={char_data}', '--eval_interval=3', '--max_iters=8']
-    copied, direct = tmp_path / 'copied', tmp_path / 'direct'
-    run_here('train.py', *args, f'--out_dir={copied}')
+    copy_dir, direct_dir = tmp_path / 'copied', tmp_path / 'direct'
+    run_here('train.py', *args, f'--out_dir={copy_dir}')
     monkeypatch.setattr(machine, 'free_memory', lambda device: 1000)
-    assert 'may not fit' in run_here('train.py', *args, f'--out_dir={direct}').stderr
-    assert equal_states(copied / 'ckpt.pt', direct / 'ckpt.pt')
+    assert 'may not fit' in run_here('train.py', *args, f'--out_dir={direct_dir}').stderr
+    assert equal_states(copy_dir / 'ckpt.pt', direct_dir / 'ckpt.pt')
