@@ -171,7 +171,7 @@ class GPT(nn.Module):
 
     def embed(self, idx):
         """The embeddings (B, T, C) of token ids idx (B, T), with what the options add to them."""
-        c, T = self.config, idx.size(1)
+        c = self.config
         x = self.transformer.wte(idx)
         if c.bigrams:  # hashed pairs of tokens, Huang et al. 2025, https://arxiv.org/abs/2501.16975
             previous_idx = F.pad(idx, (1, 0), value=-1)[:, :-1]  # -1: no token before the first
@@ -181,7 +181,7 @@ class GPT(nn.Module):
             padded_x = F.pad(x, (0, 0, c.embd_conv, 0))  # (B, embd_conv + T, C)
             for k in range(1, c.embd_conv + 1):  # k tokens ago
                 start = c.embd_conv - k
-                x = torch.addcmul(x, padded_x[:, start:start + T], self.transformer.conv[k - 1])
+                x = torch.addcmul(x, padded_x[:, start:-k], self.transformer.conv[k - 1])
         return x
 
     def forward(self, idx, targets=None, return_logits=True):

@@ -9,7 +9,6 @@ With one process the functions here do nothing. With more, a model is trained in
 - fsdp: each rank has a part of weights, gradients and optimizer state, and a layer is gathered
   where it is computed (ZeRO-3).
 """
-import math
 import os
 import sys
 import time
@@ -43,7 +42,7 @@ def check_accumulation(gradient_accumulation_steps, batch_size, world_size):
     if gradient_accumulation_steps % world_size == 0:
         return
     sequences = gradient_accumulation_steps * batch_size
-    larger_steps = math.ceil(gradient_accumulation_steps / world_size) * world_size
+    larger_steps = (gradient_accumulation_steps // world_size + 1) * world_size
     remedy = (f'the number of sequences per iteration, {sequences}, cannot stay the same: '
               f'--gradient_accumulation_steps={larger_steps} makes it {larger_steps * batch_size}')
     for steps in range(gradient_accumulation_steps, sequences + 1):
@@ -222,7 +221,8 @@ def gather_optimizer(optimizer, keep=True, copy=True):
     owners = {i: rank for rank in range(len(numbers)) for i in numbers[rank]}
     state = {}
     for i in sorted(owners):
-        p, state[i] = params[i], {}
+        p = params[i]
+        state[i] = {}
         for key in ('step', 'exp_avg', 'exp_avg_sq'):
             tensor = torch.empty_like(p, dtype=moments_dtype)
             if key == 'step':

@@ -267,13 +267,16 @@ def explain_out_of_memory(device, batch_size, block_size, gradient_accumulation_
         phrases = ('out of memory', "can't allocate memory")
         if not issubclass(kind, MemoryError) and not any(phrase in text for phrase in phrases):
             return earlier_hook(kind, e, trace)
-        request, free_text = 'more memory', free_memory(device)
+        request = 'more memory'
+        free_text = 'an unknown amount'
+        free_bytes = free_memory(device)
         match = re.search(r'[Tt]ried to allocate ([\d.]+) (\w+)', text)
         if match:
             request = f'{match[1]} {match[2]}'
             if match[2] == 'bytes':
                 request = f'{int(match[1]) / 2 ** 30:.2f} GiB'
-        free_text = 'an unknown amount' if free_text is None else f'{free_text / 2 ** 30:.2f} GiB'
+        if free_bytes is not None:
+            free_text = f'{free_bytes / 2 ** 30:.2f} GiB'
         sequences = gradient_accumulation_steps * batch_size
         batch_sizes = [b for b in range(batch_size // 2, 0, -1) if batch_size % b == 0][:2]
         pairs = [f'--batch_size={b} --gradient_accumulation_steps={sequences // b}'

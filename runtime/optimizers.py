@@ -126,7 +126,8 @@ class Muon(torch.optim.AdamW):
 
     def update(self, shape, params, group):
         """Updates matrices of this shape, or of its transpose, and takes their gradients away."""
-        device, lr, momentum = params[0].device, group['lr'], group['momentum']
+        device = params[0].device
+        lr, momentum = group['lr'], group['momentum']
         grad_scale = getattr(self, 'grad_scale', None)
         found_inf = getattr(self, 'found_inf', None)
         is_bad = torch.zeros((), dtype=torch.bool, device=device)

@@ -108,7 +108,8 @@ def read_settings(path, space=None):
     if 'configurator.py' not in source:
         return {}
     lines = source.splitlines()
-    settings, heading, last_line = {}, '', 0
+    settings = {}
+    heading, last_line = '', 0
     for node in ast.parse(source).body:
         # the line may be within `if __name__ == '__main__':`
         if re.search(r'\bexec\(.*configurator\.py', ast.unparse(node)):
