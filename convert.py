@@ -35,8 +35,11 @@ if to == 'hf':
     prompt = 'A'
     if meta and 'A' not in meta['stoi']:
         prompt = min(meta['stoi'])
+    # a pipeline would generate 256 tokens, and this format has no more than block_size positions
+    max_new_tokens = max(1, min(100, model.config.block_size - 1))
     say(f'exported {path} to {hf_dir}; try it: python -c "from transformers import pipeline; '
-        f"print(pipeline('text-generation', {hf_dir!r})({prompt!r}))\"")
+        f"print(pipeline('text-generation', {hf_dir!r})({prompt!r}, "
+        f'max_new_tokens={max_new_tokens}))"')
 else:
     if checkpoint.exists(out_dir):
         fail(f'{out_dir} already has a checkpoint', 'name a new folder with --out_dir')

@@ -49,8 +49,8 @@ def accelerate(model, device_type, dtype):
         elif type(drop) is Dropout:
             model.transformer.drop = EmbeddingDropout(drop).train(drop.training)
     if edited_names:
-        note('model: parts that run as you wrote them, because a faster form would not include '
-             f'your change: {", ".join(sorted(edited_names))}')
+        note('changed parts of the model run as they are written, without a faster form: '
+             + ', '.join(sorted(edited_names)))
 
 
 # -----------------------------------------------------------------------------

@@ -61,7 +61,8 @@ def print_machine(device, dtype, compile, backend=None, parallel='ddp', ranks=1)
     """Prints what computes, and why. device, dtype and compile are (choice, reason) each."""
     text = f'machine: {device[0]} ({device[1]})'
     if device[0] == 'cpu':
-        text += f', {torch.get_num_threads()} threads'
+        threads = torch.get_num_threads()
+        text += ', 1 thread' if threads == 1 else f', {threads} threads'
     text += f', {dtype[0]} ({dtype[1]})'
     if compile[0] is not None:
         text += ', compiled' if compile[0] else ', not compiled'

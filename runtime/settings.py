@@ -202,6 +202,8 @@ def explain_argument(arg, own_settings):
             return f'{arg} is a folder, not a config file (did you mean --{name}={arg}?)'
     config_paths = glob.glob(os.path.join(ROOT, 'config', '*.py'))
     hint = suggest(arg, sorted(os.path.relpath(path, ROOT) for path in config_paths))
+    if not hint and not arg.endswith('.py') and 'out_dir' in own_settings:
+        hint = f' (did you mean --out_dir={arg}?)'
     return f'config file {arg} was not found{hint}; set a setting as --key=value'
 
 

@@ -1,6 +1,7 @@
 """GPT-2 as transformers has it, against ours: same logits, same text, and no memory wasted."""
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -39,8 +40,8 @@ def save_ours(out_dir, meta=None, vocab_size=50304, **options):
 
 
 def export(tmp_path):
-    """Exports the checkpoint in tmp_path/out to tmp_path/hf."""
-    run('convert.py', f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}')
+    """Exports the checkpoint in tmp_path/out to tmp_path/hf; returns what is printed."""
+    return run('convert.py', f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}').stdout
 
 
 def generate_greedily(hf, idx, max_new_tokens):
@@ -206,6 +207,14 @@ def test_characters_are_exported(tmp_path):
         out = run('sample.py', source, '--start=ab ', '--temperature=0', '--num_samples=1',
                   '--max_new_tokens=25', '--dtype=float32')
         assert out.stdout == written + '\n---------------\n'
+
+
+def test_the_command_that_convert_prints_generates_text(tmp_path):
+    meta = dict(vocab_size=2, stoi={'A': 0, 'b': 1}, itos={0: 'A', 1: 'b'})
+    save_ours(tmp_path / 'out', meta=meta, vocab_size=2)  # a pipeline asks for 256 tokens
+    command = export(tmp_path).partition('try it: ')[2].replace('python', sys.executable, 1)
+    out = subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"'generated_text': 'A[Ab]{31}'", out), out
 
 
 @pytest.mark.parametrize('damage', [

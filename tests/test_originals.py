@@ -120,7 +120,7 @@ def check_line_and_kinds(model, kind, name, capsys):
         return
     assert kinds.pop(kind) is not FAST[kind]
     assert kinds == {other: FAST[other] for other in kinds} and len(kinds) == len(FAST) - 1
-    assert line.startswith('model: parts that run as you wrote them') and line.count('\n') == 1
+    assert line.startswith('changed parts of the model run as') and line.count('\n') == 1
     assert line.endswith(f': {name}\n')
 
 
@@ -222,7 +222,7 @@ def test_an_edited_forward_keeps_its_residual_stream(tmp_path, monkeypatch, caps
         kernels.accelerate(model, 'cpu', 'bfloat16')
         assert type(model.transformer.drop) is expected
     line = ''.join(capsys.readouterr())
-    assert line.startswith('model: parts that run as you wrote them') and line.count('\n') == 1
+    assert line.startswith('changed parts of the model run as') and line.count('\n') == 1
     assert line.endswith(': GPT\n')
 
 
