@@ -159,7 +159,7 @@ def test_out_of_memory_names_pairs_that_keep_the_batch(char_data, tmp_path):
 
 
 def test_a_run_that_may_not_fit_gets_a_warning(capsys):
-    machine.plan_memory(2 ** 50, 2 ** 50, allocated=2 ** 50, device='cpu', ranks=1)
+    machine.plan_memory(2 ** 50, 2 ** 50, allocated_bytes=2 ** 50, device='cpu', ranks=1)
     assert 'that may not fit' in capsys.readouterr().err
-    machine.plan_memory(2 ** 50, 2 ** 20, allocated=2 ** 50, device='cpu', ranks=1)
+    machine.plan_memory(2 ** 50, 2 ** 20, allocated_bytes=2 ** 50, device='cpu', ranks=1)
     assert not capsys.readouterr().err
