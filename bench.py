@@ -124,16 +124,17 @@ def make_optimizer(model):
     return optimizer
 
 
-def memory_needed(batch_size):
+def estimate_memory(batch_size):
     optimizer_bytes = optimizers.count_state_bytes(make_optimizer(model))
-    return sum(machine.training_bytes(
+    return sum(machine.estimate_training_bytes(
         model.config, model.get_num_params(False), optimizer_bytes, batch_size, dtype, device_type,
         compile, activation_checkpointing))
 
 
-free_bytes = machine.free_memory(device)
-while what == 'train' and free_bytes and batch_size > 1 and memory_needed(batch_size) > free_bytes:
-    batch_size //= 2
+free_bytes = machine.read_free_memory(device)
+if what == 'train' and free_bytes:
+    while batch_size > 1 and estimate_memory(batch_size) > free_bytes:
+        batch_size //= 2
 if batch_size < config['batch_size']:
     print(f'memory: batch_size={config["batch_size"]} would not fit into the '
           f'{format_bytes(free_bytes)} that are free, so it is {batch_size}')
@@ -257,7 +258,7 @@ gc.freeze()  # as train.py does
 profiler = timing.start_profiler(out_dir) if profile else None
 times, *their_times = timing.measure_in_turns(works, device, repeats, tokens_each,
                                               short_works=[] if profile else in_process)
-memory = timing.peak_memory(device)
+memory = timing.read_peak_memory(device)
 if profiler:
     timing.print_profile(profiler, device_type, out_dir)
 
@@ -265,7 +266,9 @@ if profiler:
 # the report
 dt = statistics.median(times)
 name = torch.cuda.get_device_name(device) if device_type == 'cuda' else device
-result = dict(what=what, compare=compare, device=name, dtype=dtype, compile=bool(compile),
+if compile is None:  # train.py and sample.py choose themselves
+    compile = config['compile']
+result = dict(what=what, compare=compare, device=name, dtype=dtype, compile=compile,
               torch=torch.__version__, python=platform.python_version(),
               date=datetime.date.today().isoformat(), optim=optim, moments_dtype=moments_dtype,
               activation_checkpointing=activation_checkpointing, **vars(model.config),
@@ -285,7 +288,7 @@ if memory:
     print(f'{"peak memory":26} {format_bytes(memory):>12}')
 mfu = 'n/a'
 if what == 'train':
-    peak_flops = machine.device_peak_flops(device)
+    peak_flops = machine.find_peak_flops(device)
     result.update(loss=ours().item(), mfu=None)
     mfu = f'n/a (no peak known for this {device_type})'
     if peak_flops:

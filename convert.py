@@ -13,7 +13,7 @@ import os
 
 from model import GPT, GPTConfig
 from runtime import checkpoint, huggingface, restore
-from runtime.console import ROOT, fail, make_folder, say, short_path
+from runtime.console import ROOT, fail, make_folder, say, shorten_path
 
 # input and output
 to = 'hf'  # hf (checkpoint in out_dir -> hf_dir) | native (hf_dir -> checkpoint in out_dir)
@@ -49,5 +49,5 @@ else:
     state = dict(model=model.state_dict(), iter_num=0, best_val_loss=math.inf, config={},
                  **checkpoint.describe(model.config, meta))
     path = checkpoint.save(state, out_dir)
-    script = short_path(os.path.join(ROOT, 'sample.py'))
+    script = shorten_path(os.path.join(ROOT, 'sample.py'))
     say(f'converted {hf_dir} to {path}; sample from it: python {script} --out_dir={out_dir}')

@@ -1,8 +1,8 @@
 """
 The GPT-2 model (Radford et al. 2019), in plain PyTorch.
 
-For speed, accelerate() in runtime/kernels.py replaces some of the modules below with others of the
-same result. A module that you change here is never replaced.
+For speed, accelerate() in runtime/kernels.py replaces some of the modules below with faster
+ones that compute the same. A module that you change here is never replaced.
 
 Shapes in the comments: B batch, T time, C = n_embd, nh heads, hs = C / nh head size, V vocabulary.
 """
@@ -23,9 +23,9 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = True  # in linear layers and LayerNorms, as in GPT-2; False is a bit better, faster
+    bias: bool = True  # in linear layers and LayerNorms, as in GPT-2; False: better, faster
     gelu: str = 'none'  # F.gelu's approximate=: 'none' is exact, OpenAI trained GPT-2 with 'tanh'
-    # newer options, off by default. A new one also goes into train.py: as a setting and to GPT(...)
+    # newer options, off by default. For a new one add a setting to train.py and bench.py, too
     rope_base: float = 0.0  # base of rotary positions; 0: learned positions
     qk_norm: bool = False  # normalize queries and keys
     relu2: bool = False  # squared ReLU instead of GELU

@@ -49,7 +49,7 @@ def read_metrics(out_dir):
     return [[events[kind][i] for i in sorted(events[kind])] for kind in ('iter', 'eval')]
 
 
-def positions(events, iterations, x):
+def locate(events, iterations, x):
     """Where events are along the x axis: the iterations, tokens or seconds before each of them."""
     iter_nums = np.array([e['iter'] for e in events])
     if x == 'iter':
@@ -76,8 +76,8 @@ def draw(runs, png, x='iter'):
         iterations, evaluations = read_metrics(out_dir)
         color = f'C{number}'
         name = os.path.basename(os.path.normpath(out_dir))
-        iter_x = positions(iterations, iterations, x)
-        eval_x = positions(evaluations, iterations, x)
+        iter_x = locate(iterations, iterations, x)
+        eval_x = locate(evaluations, iterations, x)
         loss_panel.plot(iter_x, [e['loss'] for e in iterations], color=color, alpha=0.25,
                         linewidth=0.8, label=f'{name}, train, per batch')
         loss_panel.plot(eval_x, [e['train/loss'] for e in evaluations], '--', color=color,

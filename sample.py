@@ -161,7 +161,7 @@ def interact():
 rows = 1
 if not stream and not interactive:
     rows = inference.choose_rows(model, prompt_length, max_new_tokens, num_samples,
-                                 machine.free_memory(device))
+                                 machine.read_free_memory(device))
 note(f'memory: {report.describe_memory(model, prompt_length, max_new_tokens, rows)}')
 if compile:
     kernels.compile_forward(model)

@@ -27,7 +27,7 @@ from runtime.console import ROOT, fail, say, try_or_warn, warn
 from runtime.dataset import DataOrder, check_ids, check_vocabulary, find_data, forget_pages
 from runtime.dataset import list_eval_batches, move_to_device, open_bin
 from runtime.run_dir import RunDir
-from runtime.tokenizer import mean_bytes, read_meta
+from runtime.tokenizer import count_mean_bytes, read_meta
 
 # I/O
 out_dir = 'out'  # folder for checkpoints, metrics.jsonl and loss.png
@@ -211,7 +211,7 @@ def estimate_loss():
                 _, loss = model(X, Y, return_logits=False)
             loss_sum += loss * weight
             forget_pages(tokens[split])
-            if distributed.agree(signals.requests())[0]:
+            if distributed.agree(signals.read_requests())[0]:
                 model.train()
                 return None
         losses[split] = distributed.all_reduce_sum(loss_sum).item() / total_weight
@@ -288,8 +288,8 @@ if not eval_only:
     signals.catch()
 micro_steps = gradient_accumulation_steps // ddp_world_size
 exact_eval = eval_only or eval_iters == 0  # it also prints perplexity and bits per byte
-token_bytes = mean_bytes(tokens['val'][1:], meta) if exact_eval else None
-peak_flops = machine.device_peak_flops(device)
+token_bytes = count_mean_bytes(tokens['val'][1:], meta) if exact_eval else None
+peak_flops = machine.find_peak_flops(device)
 first_iter = iter_num
 mfu = None  # a running mean
 bad_steps = optimizers.BadSteps(device)  # counts skipped updates on the device
@@ -297,12 +297,12 @@ gc.freeze()  # the garbage collector need not look at all these objects again an
 X, Y = get_train_batch(iter_num, 0)
 eval_seconds = 0.0  # of the last evaluation
 losses = None
-t0, t0_iter = time.perf_counter(), iter_num  # from here on the next progress line counts
+t0, t0_iter = time.perf_counter(), iter_num  # the next progress line counts from here
 while True:
     last_step = iter_num >= max_iters
     lr = get_lr(iter_num) if decay_lr else learning_rate
     is_save_due = save_interval and iter_num % save_interval == 0
-    stop_signal, save_requested = distributed.agree(signals.requests())
+    stop_signal, save_requested = distributed.agree(signals.read_requests())
     if (stop_signal or bad_steps.streak >= max_bad_steps) and not last_step:
         break
 
@@ -312,7 +312,7 @@ while True:
         eval_start = time.perf_counter()
         losses = estimate_loss()
         if losses is None:
-            stop_signal, _ = distributed.agree(signals.requests())
+            stop_signal, _ = distributed.agree(signals.read_requests())
             break
         is_best = losses['val'] < best_val_loss
         best_val_loss = min(best_val_loss, losses['val'])
@@ -325,7 +325,7 @@ while True:
             run_dir.log(event='eval', **metrics)
         if wandb_run:
             try_or_warn('wandb', wandb_run.log, metrics)
-        # only if there is something new: an iteration, the end, or a best loss
+        # only if something is new: iterations, the end, or a best loss
         if iter_num > first_iter or last_step or (is_best and iter_num > 0):
             save_checkpoint(is_best or always_save_checkpoint, finished=last_step)
         eval_seconds = time.perf_counter() - eval_start
@@ -372,7 +372,7 @@ while True:
         seconds_left = dt * (max_iters - iter_num - 1) + eval_seconds * evals_left
         say(report.format_iter(iter_num, loss, dt, mfu, config,
                                seconds_left if iter_num > first_iter else None))
-        bad_steps.read(iter_num)  # sets in_a_row and total
+        bad_steps.read(iter_num)  # sets streak and total
         if run_dir:
             run_dir.log(event='iter', iter=iter_num, loss=loss if math.isfinite(loss) else None,
                         ms=1000 * dt, lr=lr, mfu=mfu and 100 * mfu,

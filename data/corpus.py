@@ -11,7 +11,7 @@ import urllib.request
 import numpy as np
 from tqdm import tqdm
 
-from runtime.console import ROOT, fail, make_folder, short_path
+from runtime.console import ROOT, fail, make_folder, shorten_path
 from runtime.tokenizer import read_text
 
 SHAKESPEARE_URL = (
@@ -115,10 +115,10 @@ def write_splits(folder, train_ids, val_ids, meta, start_time, train_args):
         print(f'vocabulary: {meta["vocab_size"]} characters: {"".join(meta["stoi"])!r}')
     else:
         print('vocabulary: GPT-2 BPE, 50,257 tokens')
-    print(f'written to {short_path(folder)} in {time.time() - start_time:.1f} s')
+    print(f'written to {shorten_path(folder)} in {time.time() - start_time:.1f} s')
     print_next_step(train_args)
 
 
 def print_next_step(train_args):
     """Prints the command that trains on the dataset."""
-    print(f'train on it: python {short_path(os.path.join(ROOT, "train.py"))} {train_args}')
+    print(f'train on it: python {shorten_path(os.path.join(ROOT, "train.py"))} {train_args}')

@@ -13,7 +13,7 @@ CPU, so the memory of the process is the memory of the device.
 
 Each rank prints a line of JSON, with these figures:
 
-- weights, gradients, moments: this rank's part of each; held is their sum
+- weights, gradients, moments: this rank's part of each; state is their sum
 - training_peak: the peak of the process's memory during two updates, without the memory that it
   had before the model was built
 - after: the same after the two updates
@@ -101,7 +101,7 @@ for step in range(2):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 weights = count_mib(raw_model.parameters())
-states = distributed.local_optimizer(optimizer).state.values()
+states = distributed.get_local_optimizer(optimizer).state.values()
 moments = count_mib(t for state in states for t in state.values() if t.dim())
 peak = read_memory('VmHWM')
 after = read_memory('VmRSS')
@@ -113,7 +113,7 @@ copies = [distributed.gather(raw_model.state_dict(keep_vars=True), rank == 0),
 saving_peak = read_memory('VmHWM')
 
 figures = dict(weights=weights, gradients=gradients, moments=moments,
-               held=weights + gradients + moments, training_peak=peak - empty, after=after - empty,
+               state=weights + gradients + moments, training_peak=peak - empty, after=after - empty,
                peak_total=peak, saving_adds=saving_peak - after)
 result = dict(parallel=parallel, ranks=world_size, rank=rank, dtype=dtype,
               parameters=sum(p.numel() for p in raw_model.parameters()),

@@ -1,5 +1,5 @@
 """
-Draws the README's speed table as a chart: reads assets/bench/cpu.json, writes assets/speed.png.
+Draws the speed table of docs/speed.md: reads assets/bench/cpu.json, writes assets/speed.png.
 
     python recipes/speed_chart.py
 """

@@ -14,7 +14,7 @@ from dataclasses import fields
 
 import torch
 
-from runtime.console import fail, first_line, warn
+from runtime.console import fail, get_first_line, warn
 from runtime.dataset import check_vocabulary, is_gpt2_vocabulary, locate_data
 from runtime.tokenizer import check_meta, read_meta
 
@@ -148,7 +148,7 @@ def load(path):
         if isinstance(e, OSError) and e.errno in access_errors:
             fail(f'{path} cannot be read ({e.strerror})',
                  'the file itself may be fine: fix the access to it first', who='node')
-        raise ValueError(f'{path} is not a readable checkpoint: {first_line(e)}') from e
+        raise ValueError(f'{path} is not a readable checkpoint: {get_first_line(e)}') from e
     return state
 
 

@@ -68,13 +68,13 @@ def fail(what, remedy='', who='rank 0'):
     sys.exit(1)
 
 
-def first_line(e):
+def get_first_line(e):
     """The first line of an exception's text, at most 200 characters; else its type's name."""
     text = str(e).strip() or type(e).__name__
     return text.splitlines()[0][:200]
 
 
-def short_path(path):
+def shorten_path(path):
     """The path relative to the current folder, if that is shorter."""
     try:
         return min(os.path.relpath(path), os.path.abspath(path), key=len)

@@ -13,7 +13,7 @@ import os
 import numpy as np
 import torch
 
-from runtime.console import ROOT, fail, short_path
+from runtime.console import ROOT, fail, shorten_path
 
 
 def locate_data(name):
@@ -41,10 +41,10 @@ def find_data(name):
              'python data/text/prepare.py --input=FILE --name=NAME')
     with open(prepare, encoding='utf-8') as f:
         description = ast.get_docstring(ast.parse(f.read())) or 'no description'
-    small_prepare = short_path(os.path.join(ROOT, 'data', 'python_char', 'prepare.py'))
-    train = short_path(os.path.join(ROOT, 'train.py'))
+    small_prepare = shorten_path(os.path.join(ROOT, 'data', 'python_char', 'prepare.py'))
+    train = shorten_path(os.path.join(ROOT, 'train.py'))
     fail(f'dataset {name} is not prepared ({description.splitlines()[0]})',
-         f'prepare it: python {short_path(prepare)}  or start small, without a download: '
+         f'prepare it: python {shorten_path(prepare)}  or start small, without a download: '
          f'python {small_prepare} && python {train} config/train_python_char.py')
 
 

@@ -146,7 +146,7 @@ def is_sharded(model):
     return hasattr(next(model.parameters()), 'full_tensor')
 
 
-def local_optimizer(optimizer):
+def get_local_optimizer(optimizer):
     """The one that makes this rank's updates: zero1 wraps it in one over all weights."""
     return getattr(optimizer, 'optim', optimizer)
 
@@ -161,7 +161,7 @@ def wrap(model, device, parallel):
 
 
 def sync_gradients(model, now):
-    """The context of a micro-step: ddp sends the gradients only in the last one, as their sum."""
+    """The context of a micro-step: ddp sends the summed gradients in the last one."""
     # fsdp sends them in each one; otherwise each rank would have to store all of them
     return nullcontext() if now or not hasattr(model, 'no_sync') else model.no_sync()
 
@@ -209,7 +209,7 @@ def gather(value, keep=True, copy=True, copies=None):
 
 def gather_optimizer(optimizer, keep=True, copy=True):
     """gather() of the optimizer's state_dict."""
-    local_optim = local_optimizer(optimizer)
+    local_optim = get_local_optimizer(optimizer)
     if local_optim is optimizer:
         return gather(optimizer.state_dict(), keep, copy)
     # zero1's own consolidate_state_dict pickles a rank's part as one piece: it took 5.2 GB more
@@ -282,9 +282,7 @@ def agree(numbers):
 
 
 def shutdown(status=0, release_signals=None):
-    """Ends the process with this exit status, together with the other ranks.
-
-    Before all of them are here, a signal must not end one: rank 0 may be saving."""
+    """Ends the process with this exit status. Until all ranks are here, signals stay caught."""
     if dist.is_initialized():
         if _vote:
             _vote[1].wait()

@@ -10,7 +10,7 @@ import os
 import torch
 
 from runtime.checkpoint import check_sizes
-from runtime.console import fail, first_line, make_folder
+from runtime.console import fail, get_first_line, make_folder
 from runtime.tokenizer import END_OF_TEXT, check_meta, get_tokenizer
 
 GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -70,7 +70,8 @@ def read_weights(model_type, dtype=torch.float32):
             if type(value) is not int:
                 raise TypeError(f'{name} is not a whole number')
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        fail(f'{model_type!r} has no config.json of a GPT-2 ({type(e).__name__}: {first_line(e)})',
+        reason = f'{type(e).__name__}: {get_first_line(e)}'
+        fail(f'{model_type!r} has no config.json of a GPT-2 ({reason})',
              f'name one of {", ".join(GPT2_SIZES)}, or a folder saved by transformers')
     unknown_options = [f'{key}={hf_config[key]!r}' for key, value in REQUIRED.items()
                        if hf_config.get(key, value) != value]
@@ -148,7 +149,7 @@ def read_tensors(folder, args, dtype):
                 del tensor
     except Exception as e:  # a header may say anything
         fail(f'{path} does not have the weights of the GPT-2 in its config.json '
-             f'({first_line(e)})', 'download or save it again')
+             f'({get_first_line(e)})', 'download or save it again')
     weights['lm_head.weight'] = weights['transformer.wte.weight']
     return weights
 
@@ -175,7 +176,7 @@ def read_characters(init_from):
         if any(len(c) != 1 for c in stoi):
             raise ValueError('its tokens are longer than a character')
     except Exception as e:  # it may have anything in it
-        fail(f'{path} is not a table of characters ({first_line(e)})',
+        fail(f'{path} is not a table of characters ({get_first_line(e)})',
              "this project has only characters and GPT-2's BPE")
     return meta
 

@@ -80,7 +80,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, vocab_size=None):
 
 # -----------------------------------------------------------------------------
 # memory
-def cache_bytes(model, prompt_length, max_new_tokens):
+def count_cache_bytes(model, prompt_length, max_new_tokens):
     """The bytes of one row's KV cache."""
     c = model.config
     tokens = min(c.block_size, prompt_length + max_new_tokens)
@@ -97,7 +97,7 @@ def choose_rows(model, prompt_length, max_new_tokens, num_samples, free_bytes):
         return num_samples
     c = model.config
     prompt_bytes = 4 * (16 * c.n_embd * min(c.block_size, prompt_length) + 4 * c.vocab_size)
-    row_bytes = 2 * cache_bytes(model, prompt_length, max_new_tokens) + prompt_bytes
+    row_bytes = 2 * count_cache_bytes(model, prompt_length, max_new_tokens) + prompt_bytes
     return max(1, min(num_samples, free_bytes // 2 // row_bytes))
 
 
@@ -239,7 +239,7 @@ class CachedModel:
         return embed(idx)[:, -T:]
 
     def is_full(self, T):
-        """Whether T more tokens need a new computation of all.
+        """Whether T more tokens don't fit, so that all must be computed again.
 
         When the context is full, every token moves to another position with each new one. With
         learned positions all keys and values change then. Rotary positions don't need that.

@@ -134,23 +134,24 @@ def peak_flops(name):
     return next((rate for key, rate in PEAK_FLOPS.items() if set(key.split()) <= words), None)
 
 
-def device_peak_flops(device):
+def find_peak_flops(device):
     """peak_flops() of this device; None if it isn't a known GPU."""
     if torch.device(device).type != 'cuda':
         return None
     return peak_flops(torch.cuda.get_device_name(device))
 
 
-def training_bytes(config, num_params, optimizer_bytes, batch_size, dtype, device_type='cuda',
-                   compiled=True, recompute=False, parallel='ddp', ranks=1):
+def estimate_training_bytes(config, num_params, optimizer_bytes, batch_size, dtype,
+                            device_type='cuda', is_compiled=True, recomputes_layers=False,
+                            parallel='ddp', ranks=1):
     """Estimates the bytes that training needs on one rank: (model state, peak of activations).
 
     The model state is weights and gradients, 4 bytes each per parameter, and the optimizer's own
-    state. zero1 and fsdp share it out, and fsdp has the whole embedding and its gradient at times.
-    The activations are what the backward pass keeps: about 34 x C bytes per token and layer in
-    16-bit numbers (Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, without the
-    attention matrix; a CPU keeps that one with dropout and in bfloat16), and the logits with
-    their gradient.
+    state. With zero1 and fsdp each rank has a part of it; fsdp also needs room for the whole
+    embedding and its gradient. The activations are what the backward pass keeps: the logits with
+    their gradient, and about 34 x C bytes per token and layer in 16-bit numbers (Korthikanti et
+    al. 2022, https://arxiv.org/abs/2205.05198). On a CPU the attention matrix comes on top with
+    dropout and in bfloat16.
     """
     width = 2 if dtype == 'float32' else 1  # in units of 16 bits
     tokens = batch_size * config.block_size
@@ -159,12 +160,12 @@ def training_bytes(config, num_params, optimizer_bytes, batch_size, dtype, devic
         layer_bytes += 4 * (config.n_head * config.block_size + config.n_embd) * 2 * width
     elif device_type == 'cpu' and dtype == 'bfloat16' and config.block_size <= 1024:
         layer_bytes += 2 * config.n_head * config.block_size  # see kernels.Attention
-    if recompute:  # one layer whole, and of the others only their inputs
+    if recomputes_layers:  # only one layer's activations, and the inputs of the others
         layers_bytes = layer_bytes + 4 * config.n_layer * config.n_embd
     else:
         layers_bytes = config.n_layer * layer_bytes
     logits = tokens * config.vocab_size
-    if not compiled:
+    if not is_compiled:
         logits = min(logits, 2 ** 25)  # see kernels.LinearCrossEntropy
     state_bytes = 8 * num_params + optimizer_bytes
     if parallel == 'zero1':
@@ -175,7 +176,7 @@ def training_bytes(config, num_params, optimizer_bytes, batch_size, dtype, devic
 
 
 def plan_memory(state_bytes, activation_bytes, allocated_bytes, device, ranks):
-    """Prints training_bytes()' estimate, and warns if the part not yet allocated may not fit.
+    """Prints the estimate, and warns if the part of it that isn't allocated yet may not fit.
 
     A system that runs out of memory kills the process without a message.
     """
@@ -184,12 +185,12 @@ def plan_memory(state_bytes, activation_bytes, allocated_bytes, device, ranks):
     if ranks > 1:
         text += ', on each rank'
     say(text)
-    free_bytes = free_memory(device)
+    free_bytes = read_free_memory(device)
     if free_bytes is not None and state_bytes - allocated_bytes + activation_bytes > free_bytes:
         warn(f'that may not fit: {format_bytes(free_bytes)} are free on {device}')
 
 
-def free_memory(device):
+def read_free_memory(device):
     """Bytes that can still be allocated on the device; None where the system doesn't report it."""
     device_type = torch.device(device).type
     if device_type in ('cuda', 'xpu'):
@@ -211,7 +212,7 @@ def has_room(num_bytes, device):
     """Whether a copy of this size fits in the free memory of the CPU, with something to spare."""
     if torch.device(device).type != 'cpu':
         return True  # the copy is in the CPU's memory, and the model isn't
-    free_bytes = free_memory(device)
+    free_bytes = read_free_memory(device)
     return free_bytes is None or free_bytes > 1.2 * num_bytes
 
 
@@ -269,7 +270,7 @@ def explain_out_of_memory(device, batch_size, block_size, gradient_accumulation_
             return earlier_hook(kind, e, trace)
         request = 'more memory'
         free_text = 'an unknown amount'
-        free_bytes = free_memory(device)
+        free_bytes = read_free_memory(device)
         match = re.search(r'[Tt]ried to allocate ([\d.]+) (\w+)', text)
         if match:
             request = f'{match[1]} {match[2]}'

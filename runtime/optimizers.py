@@ -9,7 +9,7 @@ import math
 import torch
 
 from runtime.console import warn
-from runtime.distributed import full_tensor, local_optimizer, local_tensor, shard_like
+from runtime.distributed import full_tensor, get_local_optimizer, local_tensor, shard_like
 
 
 def specialize(optimizer, optim, moments_dtype, momentum, model):
@@ -45,7 +45,7 @@ def count_state_bytes(optimizer):
 
 
 def compute_loss(closure):
-    """What a closure given to step() returns, with gradients; None without a closure."""
+    """Calls a closure given to step() and returns its loss; None without a closure."""
     if closure is None:
         return None
     with torch.enable_grad():
@@ -179,7 +179,7 @@ def nan_unless_finite(loss):
     return loss * (1 + 0 * loss.detach())  # times 1, or times NaN
 
 
-def grad_norm(optimizer):
+def compute_grad_norm(optimizer):
     """The norm of the gradients of all the optimizer's parameters, as one vector."""
     # torch.nn.utils.get_total_norm takes 0.2 ms longer on a CPU, and walking model.parameters()
     # 0.1 ms
@@ -195,9 +195,9 @@ def clip_and_step(optimizer, scaler, grad_clip):
     norm before clipping, a tensor (). With a fused optimizer the host doesn't wait for the device.
     """
     scaler.unscale_(optimizer)
-    norm = grad_norm(optimizer)
+    norm = compute_grad_norm(optimizer)
     limit = grad_clip or math.inf
-    local_optim = local_optimizer(optimizer)
+    local_optim = get_local_optimizer(optimizer)
     can_skip = getattr(local_optim, '_step_supports_amp_scaling', False)
     can_skip = can_skip and norm.device.type != 'mps'
     if scaler.is_enabled() or not can_skip:

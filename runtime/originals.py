@@ -44,7 +44,7 @@ def is_unchanged(module, kind):
 def has_digest(module, method):
     """Whether this module's class, whatever its name, has the original method, 'GPT.embed' say."""
     function = getattr(type(module), method.partition('.')[2], None)
-    return digest(function) == DIGESTS[method]
+    return compute_digest(function) == DIGESTS[method]
 
 
 def is_patched(module):
@@ -60,7 +60,7 @@ def is_torchs(function):
 
 
 @functools.lru_cache(None)
-def digest(function):
+def compute_digest(function):
     """A digest of a function's code without comments and docstring; '' if it can't be found."""
     if not isinstance(function, types.FunctionType) or hasattr(function, '__wrapped__'):
         return ''
@@ -70,12 +70,12 @@ def digest(function):
             del tree.body[0].body[0]
     except (OSError, SyntaxError, TypeError):  # TypeError: it is a lambda within a statement
         return ''
-    return hashlib.sha256(repr(outline(tree)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(list_nodes(tree)).encode()).hexdigest()[:16]
 
 
-def outline(node):
+def list_nodes(node):
     """A syntax tree as nested lists, the same in each version of Python."""
     if isinstance(node, ast.AST):
         names = [name for name in node._fields if name not in ('type_params', 'type_comment')]
-        return [type(node).__name__, *(outline(getattr(node, name, None)) for name in names)]
-    return [outline(item) for item in node] if isinstance(node, list) else node
+        return [type(node).__name__, *(list_nodes(getattr(node, name, None)) for name in names)]
+    return [list_nodes(item) for item in node] if isinstance(node, list) else node

@@ -48,15 +48,11 @@ def find_mistakes(config):
     if config.get('optim') == 'muon' and config.get('parallel') == 'zero1':
         mistakes.append('optim=muon does not work with parallel=zero1 '
                         '(use --parallel=ddp or fsdp)')
-    if config.get('parallel') == 'fsdp' and config.get('dtype') == 'float16':
-        mistakes.append('parallel=fsdp does not scale the loss as dtype=float16 needs it '
-                        '(use --dtype=bfloat16 or --parallel=zero1)')
     if config.get('moments_dtype') == 'bfloat16':
         if config.get('optim') == 'muon':
             mistakes.append('optim=muon does not work with moments_dtype=bfloat16')
         # a resumed run has the checkpoint's beta2, which restore.py checks
-        is_resumed = config.get('init_from') in ('resume', 'auto')
-        if config.get('beta2', 0) > 0.99 and not is_resumed:
+        if config.get('beta2', 0) > 0.99 and config.get('init_from') != 'resume':
             mistakes.append(f'moments in bfloat16 stand still with beta2={config["beta2"]} '
                             '(use 0.99 or less, or --moments_dtype=float32)')
     return mistakes

@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 
 from runtime import checkpoint, inference, machine
-from runtime.console import ROOT, format_bytes, report_error, say, short_path
+from runtime.console import ROOT, format_bytes, report_error, say, shorten_path
 
 
 def print_plan(origin, model, config, data_dir, meta, tokens, device, dtype, compile, backend,
@@ -78,7 +78,7 @@ def print_memory(model, optimizer_bytes, config, device, dtype, compile, ranks, 
     """Prints an estimate of the memory that training needs on each rank."""
     parallel = config['parallel'] if ranks > 1 else 'ddp'
     num_params = model.get_num_params(False)
-    state_bytes, activation_bytes = machine.training_bytes(
+    state_bytes, activation_bytes = machine.estimate_training_bytes(
         model.config, num_params, optimizer_bytes, config['batch_size'], dtype,
         torch.device(device).type, compile and parallel != 'fsdp',
         config['activation_checkpointing'], parallel, ranks)
@@ -136,7 +136,7 @@ def print_end(out_dir, path, iter_num, finished, eval_only, stop_signal, bad_ste
         target = 'it'
         if path != best_path and os.path.exists(best_path):  # sample.py prefers that one
             target = f'the best, {best_path}'
-        script = short_path(os.path.join(ROOT, 'sample.py'))
+        script = shorten_path(os.path.join(ROOT, 'sample.py'))
         say(f'saved {path} after {iter_num} iterations; sample from {target}: '
             f'python {script} --out_dir={out_dir}')
     elif stop_signal:
@@ -159,6 +159,6 @@ def print_end(out_dir, path, iter_num, finished, eval_only, stop_signal, bad_ste
 def describe_memory(model, prompt_length, max_new_tokens, rows):
     """One line about the memory of the weights and the KV cache."""
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    row_bytes = inference.cache_bytes(model, prompt_length, max_new_tokens)
+    row_bytes = inference.count_cache_bytes(model, prompt_length, max_new_tokens)
     return (f'{format_bytes(weight_bytes)} of weights; batch of {rows}, '
             f'KV cache of {format_bytes(row_bytes)} per sample')

@@ -6,8 +6,8 @@ from dataclasses import MISSING, fields
 import torch
 from torch.overrides import TorchFunctionMode
 
-from runtime.console import fail, first_line, say
-from runtime.distributed import local_optimizer, shard_like
+from runtime.console import fail, get_first_line, say
+from runtime.distributed import get_local_optimizer, shard_like
 
 
 def build_model(model_class, config_class, state, path, dropout=0.0, dtype=torch.float32):
@@ -86,7 +86,7 @@ def load_optimizer(optimizer, scaler, checkpoint, path, config):
     state = checkpoint.get('optimizer')
     if state is None:
         fail(f'{path} has no optimizer state', 'you can sample from it, but not resume it')
-    local_optim = local_optimizer(optimizer)
+    local_optim = get_local_optimizer(optimizer)
     params = [p for group in optimizer.param_groups for p in group['params']]
     local_params = {p for group in local_optim.param_groups for p in group['params']}
     muon_params = {p for group in optimizer.param_groups if 'momentum' in group
@@ -117,7 +117,7 @@ def load_optimizer(optimizer, scaler, checkpoint, path, config):
                 value = value.to(p.device, dtype, copy=True)  # the file may change or disappear
                 local_optim.state[p][key] = shard_like(value, p)
     except Exception as e:  # it may have anything in it
-        fail(f'the optimizer state in {path} does not fit its weights ({first_line(e)})',
+        fail(f'the optimizer state in {path} does not fit its weights ({get_first_line(e)})',
              'use the --optim of that run, or another checkpoint')
     beta2 = optimizer.param_groups[0]['betas'][1]
     if moments_dtype == torch.bfloat16 and beta2 > 0.99:

@@ -13,7 +13,7 @@ import torch
 
 from runtime import checkpoint
 from runtime.checkpoint import BEST, LAST
-from runtime.console import ROOT, fail, first_line, say, warn
+from runtime.console import ROOT, fail, get_first_line, say, warn
 
 try:
     import fcntl
@@ -138,7 +138,7 @@ class RunDir:
             except (OSError, RuntimeError) as e:
                 while e.__context__:  # torch's writer hides the system's error behind its own
                     e = e.__context__
-                warn(f'{name} could not be saved in {self.path} ({first_line(e)}); '
+                warn(f'{name} could not be saved in {self.path} ({get_first_line(e)}); '
                      'training continues, and the next save tries again')
 
     def wait(self):

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from runtime.console import ROOT, fail, prepare_terminal, short_path, warn
+from runtime.console import ROOT, fail, prepare_terminal, shorten_path, warn
 from runtime.ranges import find_mistakes
 
 
@@ -71,7 +71,7 @@ def configure(space):
         if script.startswith(ROOT + os.sep):
             mistakes += find_mistakes({name: value for name, value in config.items()
                                        if type(value) is type(own_settings[name].default)})
-        fail('; '.join(mistakes), f'python {short_path(script)} --help lists the settings')
+        fail('; '.join(mistakes), f'python {shorten_path(script)} --help lists the settings')
     space['config'] = config
     if {'-h', '--help'} & set(sys.argv[1:]):
         print_help(script, own_settings, config)
@@ -136,7 +136,7 @@ def read_settings(path, space=None):
 
 
 def read_shared_settings(own_settings):
-    """{name: (Setting, script)} of the scripts that share config files, without those in own."""
+    """{name: (Setting, script)} of the scripts that share config files, without own_settings."""
     other_settings = {}
     for script in ('bench.py', 'sample.py', 'train.py'):
         try:
@@ -202,7 +202,9 @@ def explain_argument(arg, own_settings):
             return f'{arg} is a folder, not a config file (did you mean --{name}={arg}?)'
     config_paths = glob.glob(os.path.join(ROOT, 'config', '*.py'))
     hint = suggest(arg, sorted(os.path.relpath(path, ROOT) for path in config_paths))
-    if not hint and not arg.endswith('.py') and 'out_dir' in own_settings:
+    if arg.partition('=')[0] in own_settings and '=' in arg:
+        hint = f' (did you mean --{arg}?)'
+    elif arg.startswith('out') and not arg.endswith('.py') and 'out_dir' in own_settings:
         hint = f' (did you mean --out_dir={arg}?)'
     return f'config file {arg} was not found{hint}; set a setting as --key=value'
 

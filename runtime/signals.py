@@ -1,8 +1,8 @@
 """
 Requests from outside: signals that ask a run to stop or to save.
 
-SIGTERM, SIGINT and SIGHUP ask it to stop, SIGUSR1 asks it to save. The loop looks at requests()
-once an iteration, so a signal never interrupts an update or a save.
+SIGTERM, SIGINT and SIGHUP ask it to stop, SIGUSR1 asks it to save. The loop calls
+read_requests() once an iteration, so a signal never interrupts an update or a save.
 """
 import os
 import signal
@@ -54,7 +54,7 @@ def _listen(pipe):
                 _stop_time = _stop_time or time.monotonic()
 
 
-def requests():
+def read_requests():
     """(the signal to stop by or 0, whether to save since the last call) of this process."""
     global _saves_reported
     count = _saves_requested

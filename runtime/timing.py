@@ -66,8 +66,8 @@ def measure_row(work, device, tokens):
 def measure_in_turns(works, device, repeats, tokens, short_works):
     """The seconds of each of the works, measured in turns: a list for each.
 
-    There are at least 3 measurements and at most `repeats`. The works in in_a_row are measured by
-    measure_row().
+    There are at least 3 measurements and at most `repeats`. measure_row() measures the works in
+    short_works.
     """
     results = [[] for _ in works]
     start = time.perf_counter()
@@ -114,28 +114,28 @@ def print_profile(profiler, device_type, out_dir):
 
 # -----------------------------------------------------------------------------
 # the device's own rates
-def best_of_three(work, device):
+def measure_best(work, device):
     measure(work, device)
     return min(measure(work, device) for _ in range(3))
 
 
-def matmul_rates(device, dtype):
+def measure_matmul_rates(device, dtype):
     """{size: FLOP/s} of square matmuls, each the best of three."""
     rates = {}
     for n in (1024, 2048, 4096):
         a = torch.randn(n, n, device=device, dtype=dtype)
         b = torch.randn(n, n, device=device, dtype=dtype)
-        rates[n] = 2 * n ** 3 / best_of_three(lambda: a @ b, device)
+        rates[n] = 2 * n ** 3 / measure_best(lambda: a @ b, device)
     return rates
 
 
-def read_rate(device):
+def measure_read_rate(device):
     """Bytes per second at which a GiB is read, the best of three."""
     x = torch.ones(2 ** 28, device=device)
-    return x.nbytes / best_of_three(x.sum, device)
+    return x.nbytes / measure_best(x.sum, device)
 
 
-def peak_memory(device):
+def read_peak_memory(device):
     """The largest number of bytes that this process had on the device; None if it isn't known.
 
     On a CPU it is the process's resident memory.
@@ -187,7 +187,7 @@ def print_times(times, their_times, tokens):
 
 def print_matmul_share(times, flops, device, dtype):
     """The FLOP/s, and their share of the device's matmul rate."""
-    rates = matmul_rates(device, dtype)
+    rates = measure_matmul_rates(device, dtype)
     rate = max(rates.values())
     share = flops / statistics.median(times) / rate
     print_row('TFLOP/s', [flops / t / 1e12 for t in times])
@@ -199,7 +199,7 @@ def print_matmul_share(times, flops, device, dtype):
 
 def print_read_share(times, tokens, num_bytes, device):
     """The time per token, and its share of the time in which num_bytes are read."""
-    rate = read_rate(device)
+    rate = measure_read_rate(device)
     seconds = num_bytes / rate
     share = seconds * tokens / statistics.median(times)
     print_row('ms per token', [1000 * t / tokens for t in times])

@@ -9,7 +9,7 @@ import pickletools
 
 import numpy as np
 
-from runtime.console import fail, first_line
+from runtime.console import fail, get_first_line
 
 END_OF_TEXT = '<|endoftext|>'
 
@@ -132,7 +132,7 @@ def parse_stops(stop):
     return [text for text in stops if text]
 
 
-def mean_bytes(tokens, meta):
+def count_mean_bytes(tokens, meta):
     """The mean length of a token's text in UTF-8 bytes, over token ids (N,); None if unknown.
 
     A loss in nats / ln 2 / this is in bits per byte, which compares models of different
@@ -211,7 +211,7 @@ def read_meta(data_dir):
         meta = pickle.loads(data)
         check_meta(meta)
     except Exception as e:  # a damaged pickle raises almost anything
-        fail(f'{path} is not a readable table ({first_line(e)})', 'prepare the dataset again')
+        fail(f'{path} is not a readable table ({get_first_line(e)})', 'prepare the dataset again')
     return meta
 
 

@@ -35,6 +35,20 @@ def test_a_table_and_json(tmp_path, char_data):
     assert f'data: {char_data}' in out and not os.listdir(tmp_path)
 
 
+def test_the_record_names_what_was_measured(tmp_path):
+    options = dict(rope_base=100.0, qk_norm=True, relu2=True, tied=False, bigrams=60, embd_conv=2,
+                   optim='muon', activation_checkpointing=True)
+    args = [f'--{name}={value}' for name, value in options.items()]
+    _, result = bench('--real_data=False', *args, cwd=tmp_path)
+    assert {name: result[name] for name in options} == options
+    assert result['moments_dtype'] == 'float32' and result['compile'] is False
+
+
+def test_a_batch_has_nothing_to_compile(tmp_path, char_data):
+    out, _ = bench('--what=data', f'--dataset={char_data}', cwd=tmp_path)
+    assert 'machine: cpu' in out and 'compile' not in out.rpartition('\n{')[0]
+
+
 @pytest.mark.slow
 def test_a_profile(tmp_path):
     out = run('bench.py', *SMALL, '--profile', '--repeats=3', '--real_data=False',

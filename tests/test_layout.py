@@ -38,11 +38,13 @@ def list_imports(source, names):
     found = []
 
     def visit(node, in_function):
-        in_function = in_function or isinstance(node, (ast.FunctionDef, ast.Lambda))
+        in_function = in_function or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef,
+                                                      ast.Lambda))
         modules = []
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f'line {node.lineno}: a relative import'
             modules = [node.module, *(f'{node.module}.{alias.name}' for alias in node.names)]
         found.extend((names[module], in_function) for module in modules if module in names)
         for child in ast.iter_child_nodes(node):

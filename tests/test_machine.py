@@ -54,15 +54,16 @@ def test_memory_estimate_has_16_bytes_per_parameter():
     config = GPTConfig()
 
     def estimate(batch_size=1, dtype='bfloat16', **options):
-        return machine.training_bytes(config, 1000, 8000, batch_size, dtype, **options)
+        return machine.estimate_training_bytes(config, 1000, 8000, batch_size, dtype, **options)
 
     state, small = estimate()
     assert state == 16000
     assert estimate(2)[1] == 2 * small < estimate(2, 'float32')[1]
-    assert estimate(2, compiled=False)[1] < 2 * small  # never all logits at once
-    assert estimate(recompute=True)[1] < small
-    parts = [[machine.training_bytes(config, 2 ** 30, 2 ** 33, 1, 'bfloat16', parallel=parallel,
-                                     ranks=ranks)[0] for ranks in (1, 2, 4)]
+    assert estimate(2, is_compiled=False)[1] < 2 * small  # never all logits at once
+    assert estimate(recomputes_layers=True)[1] < small
+    parts = [[machine.estimate_training_bytes(config, 2 ** 30, 2 ** 33, 1, 'bfloat16',
+                                              parallel=parallel, ranks=ranks)[0]
+              for ranks in (1, 2, 4)]
              for parallel in ('ddp', 'zero1', 'fsdp')]
     table = 8 * config.vocab_size * config.n_embd  # fsdp gathers it and its gradient
     assert parts == [[16 * 2 ** 30] * 3, [2 ** 34, 12 * 2 ** 30, 10 * 2 ** 30],
@@ -134,7 +135,7 @@ def test_freed_memory_is_kept():
 
 
 def test_free_memory_is_known_on_linux():
-    free = machine.free_memory('cpu')
+    free = machine.read_free_memory('cpu')
     assert free is None or 2 ** 20 < free < 2 ** 50
 
 
@@ -151,4 +152,4 @@ def test_the_peak_goes_by_whole_words_of_the_name(name, tera):
 
 
 def test_the_peak_of_a_cpu_is_unknown():
-    assert machine.device_peak_flops('cpu') is None
+    assert machine.find_peak_flops('cpu') is None

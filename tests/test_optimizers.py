@@ -10,7 +10,13 @@ from torch.nn.utils import get_total_norm, parameters_to_vector, vector_to_param
 
 from model import GPT, GPTConfig
 from runtime import checkpoint
-from runtime.optimizers import BadSteps, clip_and_step, grad_norm, orthogonalize, specialize
+from runtime.optimizers import (
+    BadSteps,
+    clip_and_step,
+    compute_grad_norm,
+    orthogonalize,
+    specialize,
+)
 
 KINDS = [{}, dict(moments_dtype='bfloat16'), dict(optim='muon')]
 
@@ -54,13 +60,13 @@ def test_adamw_and_grad_norm_are_torchs():
     torch.testing.assert_close(optimizer.state_dict()['state'], torchs.state_dict()['state'],
                                rtol=0, atol=0)
     expected_norm = get_total_norm([p.grad for p in theirs.parameters()]).item()
-    assert grad_norm(optimizer).item() == pytest.approx(expected_norm, rel=1e-6)
+    assert compute_grad_norm(optimizer).item() == pytest.approx(expected_norm, rel=1e-6)
     for p in ours.transformer.h.parameters():  # as if the loss didn't depend on them
         p.grad = None
     before = [p.detach().clone() for p in ours.transformer.h.parameters()]
     optimizer.step()
     assert all(map(torch.equal, before, ours.transformer.h.parameters()))
-    assert grad_norm(optimizer) > 0
+    assert compute_grad_norm(optimizer) > 0
 
 
 def test_moments_in_bfloat16():
@@ -112,6 +118,22 @@ def test_gradients_are_clipped_on_the_way_into_the_update(options):
             optimizer.step()
     for ours, theirs in zip(*(model.parameters() for model in models)):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('options', KINDS)
+def test_the_host_does_not_wait_for_a_gpu(options):
+    model = make_model().cuda()
+    optimizer = make_optimizer(model, **options)
+    scaler = torch.amp.GradScaler('cuda', enabled=False)
+    for step in range(3):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        torch.cuda.set_sync_debug_mode('error' if step else 'default')  # the first may prepare
+        try:
+            clip_and_step(optimizer, scaler, 1.0)
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
 
 
 @pytest.mark.parametrize('options', [*KINDS, dict(optim='sgd')])

@@ -57,7 +57,7 @@ def test_events_and_their_places(two_runs):
     assert [(e['iter'], e['loss'], e['ms'], e['tokens_per_iter']) for e in iterations] == [
         (0, 3, 1000, 30), (10, 9, 3000, 60), (15, 9, 3000, 60)]
     assert [e['iter'] for e in evaluations] == [0, 18]
-    places = {x: plot.positions(evaluations, iterations, x).tolist()
+    places = {x: plot.locate(evaluations, iterations, x).tolist()
               for x in ('iter', 'tokens', 'seconds')}
     # 1 iteration of a second and 30 tokens, then all of 3 seconds and 60
     assert places == {'iter': [0, 18], 'tokens': [0, 30 + 17 * 60], 'seconds': [0, 1 + 17 * 3]}

@@ -274,7 +274,12 @@ def test_a_closed_terminal_does_not_end_a_run(char_data, tmp_path):
 def test_without_room_for_a_copy(char_data, tmp_path, monkeypatch):
     args = [*TINY, f'--dataset={char_data}', '--eval_interval=3', '--max_iters=8']
     copy_dir, direct_dir = tmp_path / 'copied', tmp_path / 'direct'
+    copies, save = [], RunDir.save
+    monkeypatch.setattr(RunDir, 'save', lambda self, state, is_best, is_copy: (
+        copies.append(is_copy) or save(self, state, is_best, is_copy)))
     run_here('train.py', *args, f'--out_dir={copy_dir}')
-    monkeypatch.setattr(machine, 'free_memory', lambda device: 1000)
+    monkeypatch.setattr(machine, 'read_free_memory', lambda device: 1000)
+    assert copies == [True] * 3  # after 3, 6 and 8 iterations
     assert 'may not fit' in run_here('train.py', *args, f'--out_dir={direct_dir}').stderr
+    assert copies == [True] * 3 + [False] * 3
     assert equal_states(copy_dir / 'ckpt.pt', direct_dir / 'ckpt.pt')

@@ -31,7 +31,8 @@ def test_without_arguments_it_says_what_to_do(tmp_path):
     (['--max_iters=-1'], 'max_iters=-1'), (['--beta1=-0.1'], 'beta1=-0.1'),
     (['--learningrate=1'], 'unknown setting --learningrate (did you mean --learning_rate?)'),
     (['--batch_size=many'], "--batch_size needs a whole number, not 'many'"),
-    (['config/nowhere.py'], 'config file config/nowhere.py was not found; '),
+    (['config/nowhere.py'], 'config file config/nowhere.py was not found'),
+    (['batch_size=8'], 'batch_size=8 was not found (did you mean --batch_size=8?)'),
     (['out-nowhere'], 'out-nowhere was not found (did you mean --out_dir=out-nowhere?)'),
     (['--dropout=1.5'], 'dropout=1.5'), (['--beta2=1'], 'beta2=1'),
     (['--eval_interval=0'], 'eval_interval=0'), (['--log_interval=0'], 'log_interval=0'),
@@ -81,6 +82,8 @@ def test_all_mistakes_in_values_are_in_one_line(char_data):
     # combinations
     args = ['--optim=muon', '--moments_dtype=bfloat16', '--beta2=0.999', '--parallel=zero1']
     mistakes = list_mistakes(run_here('train.py', *args, ok=False).stderr)
+    auto = [*args[1:3], '--init_from=auto']
+    assert len(list_mistakes(run_here('train.py', *auto, ok=False).stderr)) == 1
     assert len(mistakes) == 3 and [' '.join(text.split()[:4]) for text in mistakes] == [
         'moments in bfloat16 stand', 'optim=muon does not work', 'optim=muon does not work']
 
@@ -187,7 +190,7 @@ with open(path.devnull) as f:
 
 
 @pytest.mark.parametrize('script', ['train.py', 'sample.py', 'bench.py'])
-def test_only_a_misspelt_setting_is_a_mistake(script, tmp_path):
+def test_only_an_unknown_setting_is_a_mistake(script, tmp_path):
     (tmp_path / 'c.py').write_text(SHARED)
     run_here(script, 'c.py', '--help', cwd=tmp_path)
     for mistake, words in (('dtypes = "float32"', 'dtypes in c.py (did you mean dtype?)'),

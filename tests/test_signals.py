@@ -188,24 +188,24 @@ signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
 
 def wait_for(wanted):
     end = time.monotonic() + 30
-    seen = signals.requests()
+    seen = signals.read_requests()
     while seen != wanted and time.monotonic() < end:
         time.sleep(0.001)
-        seen = signals.requests()
+        seen = signals.read_requests()
     assert seen == wanted, (seen, wanted)
 
 
-assert signals.requests() == (0, False)
+assert signals.read_requests() == (0, False)
 for stop in STOPS:  # a second catch() begins anew
     signals.catch()
-    assert signals.requests() == (0, False)
+    assert signals.read_requests() == (0, False)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     os.kill(os.getpid(), signal.SIGUSR1)
     wait_for((0, True))
-    assert signals.requests() == (0, False)  # a request to save is reported once
+    assert signals.read_requests() == (0, False)  # a request to save is reported once
     os.kill(os.getpid(), stop)
     wait_for((stop, False))
-    assert signals.requests() == (stop, False)  # a request to stop stays
+    assert signals.read_requests() == (stop, False)  # a request to stop stays
     os.kill(os.getpid(), stop)  # the same one again, at once
     os.kill(os.getpid(), signal.SIGUSR1)
     wait_for((stop, True))
@@ -215,7 +215,7 @@ for stop in STOPS:  # a second catch() begins anew
     for number in (*STOPS, signal.SIGUSR1):
         os.kill(os.getpid(), number)
         assert earlier.pop() == number
-    assert signals.requests() == (stop, False)
+    assert signals.read_requests() == (stop, False)
     signals.release()  # the second time it does nothing
 assert 'torch' not in [name for name, module in sys.modules.items() if module]
 print('all of it works')

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from runtime.tokenizer import CharTokenizer, GPT2Tokenizer, get_tokenizer, mean_bytes, read_meta
+from runtime.tokenizer import (
+    CharTokenizer,
+    GPT2Tokenizer,
+    count_mean_bytes,
+    get_tokenizer,
+    read_meta,
+)
 
 META = {'vocab_size': 4, 'stoi': {'a': 0, 'b': 1, 'é': 2, '\n': 3},
         'itos': {0: 'a', 1: 'b', 2: 'é', 3: '\n'}}
@@ -43,11 +49,12 @@ def test_bytes_of_a_token(bpe):
     for table in (meta, None):
         ids = get_tokenizer(table).encode(text)
         thrice = np.array(ids * 3, dtype=np.uint16)
-        assert mean_bytes(thrice, table) == pytest.approx(num_bytes / len(ids))
-    assert mean_bytes(np.array(ids + [50256]), None) == pytest.approx(num_bytes / (len(ids) + 1))
-    assert mean_bytes(np.array(ids), {'vocab_size': 99}) is None
+        assert count_mean_bytes(thrice, table) == pytest.approx(num_bytes / len(ids))
+    mean = count_mean_bytes(np.array(ids + [50256]), None)
+    assert mean == pytest.approx(num_bytes / (len(ids) + 1))
+    assert count_mean_bytes(np.array(ids), {'vocab_size': 99}) is None
     # ' the', and a row that pads the embedding
-    assert mean_bytes(np.array([50300, 262]), None) == 2
+    assert count_mean_bytes(np.array([50300, 262]), None) == 2
 
 
 def test_meta_is_read(tmp_path):

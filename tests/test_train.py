@@ -412,7 +412,7 @@ def test_progress_lines_count_training_and_nothing_else(char_data, tmp_path, mon
     # plot.py's axis of seconds: training before each evaluation, as far as the lines tell
     iterations, evaluations = plot.read_metrics(tmp_path)
     places = dict(zip((e['iter'] for e in evaluations),
-                      plot.positions(evaluations, iterations, 'seconds')))
+                      plot.locate(evaluations, iterations, 'seconds')))
     assert list(places) == [0, 3, 6, 9, 12, 13]
     for i in (0, 9, 13):
         assert places[i] == 2 * 2 ** i - 2

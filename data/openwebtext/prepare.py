@@ -17,7 +17,7 @@ sys.path.insert(0, os.path.dirname(sys.path[0]))  # the repository's root
 import corpus
 
 from runtime import settings
-from runtime.console import ROOT, fail, make_folder, short_path
+from runtime.console import ROOT, fail, make_folder, shorten_path
 from runtime.tokenizer import END_OF_TEXT, GPT2Tokenizer
 
 # input and output
@@ -112,7 +112,7 @@ if __name__ == '__main__':  # worker processes may import this file again
               f'{2 * num_tokens:,} bytes')
     print('vocabulary: GPT-2 BPE, 50,257 tokens')
     seconds = time.time() - start_time
-    print(f'written to {short_path(folder)} in {seconds:.1f} s by {processes} processes')
+    print(f'written to {shorten_path(folder)} in {seconds:.1f} s by {processes} processes')
     train_args = 'config/train_gpt2.py'
     if out_dir:
         train_args += f' --dataset={out_dir}'
