@@ -41,8 +41,8 @@ init_from = 'scratch'  # scratch | resume | auto (resume if possible) | gpt2* | 
 seed = 1337  # random seed for weights, data order and dropout
 # wandb
 wandb_log = False  # also log to Weights & Biases
-wandb_project = 'owt'
-wandb_run_name = 'gpt2'
+wandb_project = 'owt'  # the project there
+wandb_run_name = 'gpt2'  # the run's name there
 # data
 dataset = 'openwebtext'  # data/<dataset>, or a path, with train.bin and val.bin
 data_order = 'random'  # random (any sequences) | epochs (each token once per epoch, shuffled)
@@ -50,9 +50,9 @@ gradient_accumulation_steps = 5 * 8  # micro-batches per iteration, of all ranks
 batch_size = 12  # sequences per micro-batch
 block_size = 1024  # tokens per sequence
 # model
-n_layer = 12
-n_head = 12
-n_embd = 768
+n_layer = 12  # number of blocks
+n_head = 12  # attention heads in each block
+n_embd = 768  # width of the model: numbers per token
 dropout = 0.0  # 0 is good for pretraining; for finetuning or little data try 0.1 or more
 bias = False  # use biases in linear layers and LayerNorms
 rope_base = 0.0  # base of rotary positions; 0: learned positions, as in GPT-2
@@ -65,9 +65,9 @@ embd_conv = 0  # number of previous tokens mixed into each token's embedding; 0:
 optim = 'adamw'  # adamw | muon (for the matrices of the blocks, and AdamW for the rest)
 learning_rate = 6e-4  # peak learning rate
 max_iters = 600000  # total number of updates
-weight_decay = 1e-1
-beta1 = 0.9
-beta2 = 0.95
+weight_decay = 1e-1  # for matrices and embeddings
+beta1 = 0.9  # decay of AdamW's first moment
+beta2 = 0.95  # decay of AdamW's second moment
 momentum = 0.95  # Muon's momentum
 moments_dtype = 'float32'  # AdamW's moments: float32 | bfloat16 (12 bytes per parameter, not 16)
 grad_clip = 1.0  # clip gradients at this norm; 0: no clipping
@@ -76,7 +76,7 @@ max_bad_steps = 10  # stop after this many updates in a row with NaN or infinite
 decay_lr = True  # use the schedule; False: learning_rate all the time
 lr_schedule = 'cosine'  # cosine | wsd (warm up, stay, decay linearly)
 decay_share = 0.5  # wsd decays in this last share of lr_decay_iters
-warmup_iters = 2000
+warmup_iters = 2000  # the learning rate rises linearly until here
 lr_decay_iters = 600000  # min_lr from here on; about max_iters, as in Chinchilla
 min_lr = 6e-5  # final learning rate, about learning_rate / 10, as in Chinchilla
 # several processes, and memory
