@@ -124,8 +124,7 @@ def make_optimizer(model):
     return optimizer
 
 
-def estimate_memory(batch_size):
-    optimizer_bytes = optimizers.count_state_bytes(make_optimizer(model))
+def estimate_memory(batch_size, optimizer_bytes):
     return sum(machine.estimate_training_bytes(
         model.config, model.get_num_params(False), optimizer_bytes, batch_size, dtype, device_type,
         compile, activation_checkpointing))
@@ -133,7 +132,8 @@ def estimate_memory(batch_size):
 
 free_bytes = machine.read_free_memory(device)
 if what == 'train' and free_bytes:
-    while batch_size > 1 and estimate_memory(batch_size) > free_bytes:
+    optimizer_bytes = optimizers.count_state_bytes(make_optimizer(model))
+    while batch_size > 1 and estimate_memory(batch_size, optimizer_bytes) > free_bytes:
         batch_size //= 2
 if batch_size < config['batch_size']:
     print(f'memory: batch_size={config["batch_size"]} would not fit into the '

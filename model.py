@@ -23,7 +23,7 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = True  # in linear layers and LayerNorms, as in GPT-2; False: better, faster
+    bias: bool = True  # in linear layers and LayerNorms, as in GPT-2; False is better and faster
     gelu: str = 'none'  # F.gelu's approximate=: 'none' is exact, OpenAI trained GPT-2 with 'tanh'
     # newer options, off by default. For a new one add a setting to train.py and bench.py, too
     rope_base: float = 0.0  # base of rotary positions; 0: learned positions

@@ -1,4 +1,4 @@
-# finetunes GPT-2 (124M) on Shakespeare in 3 GiB, for where finetune_shakespeare.py doesn't fit
+# finetunes GPT-2 (124M) on Shakespeare with 3 GiB of memory; finetune_shakespeare.py needs more
 out_dir = 'out-shakespeare-gpt2'
 eval_interval = 5
 eval_iters = 10  # x 1 x 1,024 tokens of each split
