@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from model import GPT, GPTConfig
-from runtime import checkpoint, kernels, machine, optimizers, report, settings, timing
+from runtime import checkpoint, inference, kernels, machine, optimizers, report, settings, timing
 from runtime.console import ROOT, fail, format_bytes
 from runtime.dataset import DataOrder, check_ids, locate_data, move_to_device, open_bin
 from runtime.tokenizer import read_meta
@@ -127,7 +127,7 @@ def make_optimizer(model):
 def estimate_memory(batch_size, optimizer_bytes):
     return sum(machine.estimate_training_bytes(
         model.config, model.get_num_params(False), optimizer_bytes, batch_size, dtype, device_type,
-        compile, activation_checkpointing))
+        compile or kernels.stores_logits(model), activation_checkpointing))
 
 
 free_bytes = machine.read_free_memory(device)
@@ -184,7 +184,7 @@ def prepare_training(model, compute_loss):
     next_batch = prepare_data()
 
     def work():
-        with ctx:
+        with ctx, kernels.loss_only(model):
             loss = compute_loss(called_model, *next_batch())
         scaler.scale(optimizers.nan_unless_finite(loss)).backward()
         optimizers.clip_and_step(optimizer, scaler, 1.0)
@@ -197,9 +197,9 @@ def prepare_sampling():
     """The prompt and one token (prefill), or the prompt and all tokens, as in sample.py."""
     model.eval()
     if compile:
-        kernels.compile_forward(model)
+        inference.compile_forward(model)
     elif device_type == 'cpu':
-        kernels.pack_linears(model, num_samples)
+        inference.pack_linears(model, num_samples)
     length = max_new_tokens if what == 'decode' else 1
     return torch.inference_mode()(lambda: model.generate(
         prompt, length, temperature=0.8, top_k=200, vocab_size=vocab_size))
@@ -226,7 +226,7 @@ def prepare_transformers():
 def prepare_ours():
     """The work of this repository."""
     if what == 'train':
-        return prepare_training(model, lambda model, X, Y: model(X, Y, return_logits=False)[1])
+        return prepare_training(model, lambda model, X, Y: model(X, Y)[1])
     if what == 'run':  # train.py, with the arguments that aren't only this script's
         own_flags = '--(what|compare|repeats|num_samples|max_new_tokens|real_data|profile)'
         args = [arg for arg in sys.argv[1:] if not re.match(own_flags, arg)]
@@ -292,7 +292,7 @@ if what == 'train':
     result.update(loss=ours().item(), mfu=None)
     mfu = f'n/a (no peak known for this {device_type})'
     if peak_flops:
-        result['mfu'] = model.estimate_mfu(batch_size, dt, peak_flops)
+        result['mfu'] = model.estimate_mfu(batch_size, dt) * machine.A100_FLOPS / peak_flops
         mfu = f'{100 * result["mfu"]:.2f}%'
 print(f'\ntime per iteration: {1000 * dt:.4f} ms, MFU: {mfu}')
 print(json.dumps(result))

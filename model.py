@@ -7,6 +7,7 @@ ones that compute the same. A module that you change here is never replaced.
 Shapes in the comments: B batch, T time, C = n_embd, nh heads, hs = C / nh head size, V vocabulary.
 """
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 @dataclass
 class GPTConfig:
-    """The shape of a GPT. ValueError if such a model is not possible."""
+    """The shape of a GPT."""
     block_size: int = 1024  # longest context, in tokens
     vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for faster matmuls
     n_layer: int = 12
@@ -33,11 +34,17 @@ class GPTConfig:
     bigrams: int = 0  # rows of an embedding table for pairs of neighboring tokens; 0: none
     embd_conv: int = 0  # number of previous tokens mixed into each token's embedding; 0: none
 
-    def __post_init__(self):
-        if self.n_embd % self.n_head:
-            raise ValueError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}')
-        if self.rope_base < 0 or self.rope_base and self.n_embd // self.n_head % 2:
-            raise ValueError(f'rope_base={self.rope_base} is negative, or the head size is odd')
+
+def get_option(config, name):
+    """A newer option of the config, which may be any object that has nanoGPT's seven fields."""
+    return getattr(config, name, getattr(GPTConfig, name))
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm with nanoGPT's arguments. Ba et al. 2016, https://arxiv.org/abs/1607.06450"""
+
+    def __init__(self, ndim, bias):
+        super().__init__(ndim, bias=bias)
 
 
 class RotaryPositions(nn.Module):
@@ -56,8 +63,13 @@ class RotaryPositions(nn.Module):
 class Attention(nn.Module):
     """Causal attention of queries, keys and values, (B, nh, T, hs) each -> (B, nh, T, hs)."""
 
-    def forward(self, q, k, v, dropout_p):
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+    def forward(self, q, k, v, dropout, flash):
+        if flash and type(dropout) is nn.Dropout:  # one kernel, which stores no (T, T) matrix
+            p = dropout.p if dropout.training else 0.0
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        att = q @ k.mT / math.sqrt(k.size(-1))  # (B, nh, T, T)
+        future = torch.ones_like(att[0, 0], dtype=torch.bool).triu(1)  # (T, T)
+        return dropout(att.masked_fill(future, -math.inf).softmax(dim=-1)) @ v
 
 
 class CausalSelfAttention(nn.Module):
@@ -66,13 +78,25 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.n_embd = config.n_head, config.n_embd
-        self.dropout = config.dropout
-        self.rope_base, self.qk_norm = config.rope_base, config.qk_norm
+        self.rope_base = get_option(config, 'rope_base')
+        self.qk_norm = get_option(config, 'qk_norm')
+        divisor = config.n_head * (2 if self.rope_base else 1)  # rotated numbers come in pairs
+        assert config.n_embd % divisor == 0, f'n_embd={config.n_embd} is not divisible by {divisor}'
+        self.flash = True  # False: attention written out, which stores a (T, T) matrix
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.rotary = RotaryPositions()
         self.attention = Attention()
+        self.attn_dropout = nn.Dropout(config.dropout)
         self.resid_dropout = nn.Dropout(config.dropout)
+
+    @property
+    def dropout(self):
+        return self.attn_dropout.p
+
+    @dropout.setter
+    def dropout(self, p):
+        self.attn_dropout.p = p
 
     def forward(self, x):
         B, T, C = x.size()
@@ -84,7 +108,7 @@ class CausalSelfAttention(nn.Module):
             q, k = self.rotary(q, k, self.rope_base)
         # (B, nh, T, hs); norm and rotation may have made q and k float32
         q, k, v = (z.type_as(v).transpose(1, 2) for z in (q, k, v))
-        y = self.attention(q, k, v, self.dropout if self.training else 0.0)
+        y = self.attention(q, k, v, self.attn_dropout, self.flash)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -102,7 +126,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = SquaredReLU() if config.relu2 else nn.GELU(approximate=config.gelu)
+        gelu = nn.GELU(approximate=get_option(config, 'gelu'))
+        self.gelu = SquaredReLU() if get_option(config, 'relu2') else gelu
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -116,9 +141,9 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = LayerNorm(config.n_embd, config.bias)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config)
 
     def forward(self, x):
@@ -129,10 +154,11 @@ class Block(nn.Module):
 class LossHead(nn.Module):
     """The output layer and the loss: the mean cross-entropy in nats. A target of -1 is ignored."""
 
-    def forward(self, lm_head, x, targets, return_logits):
+    def forward(self, lm_head, x, targets):
         logits = lm_head(x)  # (B, T, V)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
-        return (logits if return_logits else None), loss
+        wide_logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(wide_logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, loss
 
 
 class GPT(nn.Module):
@@ -141,21 +167,26 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        for name in ('rope_base', 'tied', 'bigrams', 'embd_conv'):
+            setattr(self, name, get_option(config, name))
         modules = {'wte': nn.Embedding(config.vocab_size, config.n_embd)}
-        if not config.rope_base:
+        if not self.rope_base:
             modules['wpe'] = nn.Embedding(config.block_size, config.n_embd)
-        if config.bigrams:
-            modules['bigrams'] = nn.Embedding(config.bigrams, config.n_embd)
+        if self.bigrams:
+            modules['bigrams'] = nn.Embedding(self.bigrams, config.n_embd)
         modules['drop'] = nn.Dropout(config.dropout)
         modules['h'] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        modules['ln_f'] = nn.LayerNorm(config.n_embd, bias=config.bias)
+        modules['ln_f'] = LayerNorm(config.n_embd, config.bias)
         self.transformer = nn.ModuleDict(modules)
-        if config.embd_conv:
-            self.transformer.conv = nn.Parameter(torch.empty(config.embd_conv, config.n_embd))
+        if self.embd_conv:
+            self.transformer.conv = nn.Parameter(torch.empty(self.embd_conv, config.n_embd))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.loss_head = LossHead()
-        if config.tied:  # Press & Wolf 2016, https://arxiv.org/abs/1608.05859
+        if self.tied:  # Press & Wolf 2016, https://arxiv.org/abs/1608.05859
             self.lm_head.weight = self.transformer.wte.weight
+        for name in ('qk_norm', 'relu2'):  # they have no weights, so nanoGPT would ignore them:
+            if get_option(config, name):  # it refuses a name in the state dict that it doesn't know
+                self.register_buffer(name, torch.ones(()))
         self.apply(self._init_weights)
         for name, p in self.named_parameters():
             if name.endswith('c_proj.weight'):  # adds to the residual stream: GPT-2 paper, 2.3
@@ -171,31 +202,27 @@ class GPT(nn.Module):
 
     def embed(self, idx):
         """The embeddings (B, T, C) of token ids idx (B, T), with what the options add to them."""
-        c = self.config
         x = self.transformer.wte(idx)
-        if c.bigrams:  # hashed pairs of tokens, Huang et al. 2025, https://arxiv.org/abs/2501.16975
+        if self.bigrams:  # hashed pairs of tokens, https://arxiv.org/abs/2501.16975
             previous_idx = F.pad(idx, (1, 0), value=-1)[:, :-1]  # -1: no token before the first
-            pairs = idx * (c.vocab_size + 1) + previous_idx + 1
-            x = x + self.transformer.bigrams(pairs % c.bigrams)
-        if c.embd_conv:  # a causal convolution for each channel, So et al. 2021
-            padded_x = F.pad(x, (0, 0, c.embd_conv, 0))  # (B, embd_conv + T, C)
-            for k in range(1, c.embd_conv + 1):  # k tokens ago
-                start = c.embd_conv - k
+            pairs = idx * (self.config.vocab_size + 1) + previous_idx + 1
+            x = x + self.transformer.bigrams(pairs % self.bigrams)
+        if self.embd_conv:  # a causal convolution for each channel, So et al. 2021
+            padded_x = F.pad(x, (0, 0, self.embd_conv, 0))  # (B, embd_conv + T, C)
+            for k in range(1, self.embd_conv + 1):  # k tokens ago
+                start = self.embd_conv - k
                 x = torch.addcmul(x, padded_x[:, start:-k], self.transformer.conv[k - 1])
         return x
 
-    def forward(self, idx, targets=None, return_logits=True):
-        """Logits and loss of token ids idx (B, T).
+    def forward(self, idx, targets=None):
+        """Of token ids idx and targets (B, T): the logits (B, T, V) and the loss.
 
-        With targets (B, T): logits (B, T, V) and the loss. Without: the logits of the last
-        position, (B, 1, V), and None. return_logits=False gives None for the logits, so that a
-        faster LossHead need not store them.
+        Without targets: the logits of the last position, (B, 1, V), and None.
         """
         T = idx.size(1)
-        if T > self.config.block_size:
-            raise ValueError(f'{T} tokens are more than block_size={self.config.block_size}')
+        assert T <= self.config.block_size, f'{T} tokens > block_size={self.config.block_size}'
         x = self.embed(idx)  # (B, T, C)
-        if not self.config.rope_base:
+        if not self.rope_base:
             x = x + self.transformer.wpe(torch.arange(T, device=idx.device))
         x = self.transformer.drop(x)
         for block in self.transformer.h:
@@ -203,22 +230,21 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
-        return self.loss_head(self.lm_head, x, targets, return_logits)
+        return self.loss_head(self.lm_head, x, targets)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
         """Appends max_new_tokens to each row of idx (B, T); temperature=0 takes the most likely.
 
-        For the options see runtime/inference.py, which does the same with a KV cache.
+        runtime/inference.py does the same faster, with more options, if you don't change this.
         """
-        try:
+        inference = None
+        with suppress(ImportError):
             from runtime import inference  # here: this file works without it, too
-        except ImportError:
-            if options:
-                raise TypeError(f'{sorted(options)} need runtime/inference.py') from None
-            inference = None
-        if inference:
+        if inference and inference.is_unchanged_generate(GPT.generate):
             return inference.generate(self, idx, max_new_tokens, temperature, top_k, **options)
+        if options:
+            raise TypeError(f'{sorted(options)} need the generate() of runtime/inference.py')
         if temperature == 0:
             temperature, top_k = 1.0, 1
         for _ in range(max_new_tokens):
@@ -232,10 +258,9 @@ class GPT(nn.Module):
 
     def crop_block_size(self, block_size):
         """Shortens the longest context. The positions beyond it are lost."""
-        if block_size > self.config.block_size:
-            raise ValueError(f'{block_size} is more than block_size={self.config.block_size}')
+        assert block_size <= self.config.block_size, f'{block_size} is not shorter'
         self.config.block_size = block_size
-        if not self.config.rope_base:  # a clone: else torch.save writes the whole old table
+        if 'wpe' in self.transformer:  # a clone: else torch.save writes the whole old table
             table = self.transformer.wpe.weight[:block_size].detach().clone()
             self.transformer.wpe.weight = nn.Parameter(table)
 
@@ -249,27 +274,27 @@ class GPT(nn.Module):
 
     def get_num_params(self, non_embedding=True):
         """The number of parameters. non_embedding leaves out wpe, but not wte."""
-        skip_wpe = non_embedding and not self.config.rope_base
-        positions = self.transformer.wpe.weight.numel() if skip_wpe else 0
-        return sum(p.numel() for p in self.parameters()) - positions
+        total = sum(p.numel() for p in self.parameters())
+        if non_embedding and 'wpe' in self.transformer:
+            total -= self.transformer.wpe.weight.numel()
+        return total
 
     def flops_per_token(self):
         """Training FLOPs of a token: PaLM, https://arxiv.org/abs/2204.02311, appendix B."""
         c = self.config
-        tables = (c.bigrams + (not c.tied) * c.vocab_size) * c.n_embd  # looked up, not multiplied
-        matmuls = 6 * (self.get_num_params() - tables)
+        rows = self.bigrams + (not self.tied) * c.vocab_size  # looked up, not multiplied
+        matmuls = 6 * (self.get_num_params() - rows * c.n_embd)
         return matmuls + 12 * c.n_layer * c.n_embd * c.block_size
 
-    def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
-        """Model FLOPs utilization of fwdbwd_per_iter sequences in dt seconds; default: an A100."""
-        return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak_flops
+    def estimate_mfu(self, fwdbwd_per_iter, dt):
+        """Model FLOPs utilization of fwdbwd_per_iter sequences in dt seconds, of an A100's peak."""
+        return self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / 312e12
 
     @classmethod
-    def from_pretrained(cls, model_type, override_args=None, dtype=torch.float32):
+    def from_pretrained(cls, model_type, override_args=None):
         """A GPT with the weights of gpt2, gpt2-medium, gpt2-large, gpt2-xl or a saved folder."""
         from runtime import huggingface, restore  # here: all else in this file works without it
-        override_args = override_args or {}
-        if set(override_args) - {'dropout'}:
-            raise ValueError(f'only dropout can be overridden, not {sorted(override_args)}')
-        config_args, weights = huggingface.read_weights(model_type, dtype)
-        return restore.assemble(cls, GPTConfig(**config_args, **override_args), weights)
+        assert huggingface.is_huggingface(model_type), f'{model_type!r} has no weights of a GPT-2'
+        assert set(override_args or {}) <= {'dropout'}, 'only dropout can be overridden'
+        config_args, weights = huggingface.read_weights(model_type)
+        return restore.assemble(cls, GPTConfig(**{**config_args, **(override_args or {})}), weights)

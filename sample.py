@@ -66,7 +66,7 @@ if init_from == 'resume':
     origin = f'{path}, iteration {state["iter_num"]}, best val loss {best_val_loss:.4f}'
     state = None  # frees the memory
 elif huggingface.is_huggingface(init_from):
-    model = GPT.from_pretrained(init_from, dict(dropout=0.0), ptdtype)
+    model = restore.load_pretrained(GPT, init_from, dtype=ptdtype)
     meta = huggingface.read_characters(init_from)
     origin = init_from
 else:
@@ -164,9 +164,9 @@ if not stream and not interactive:
                                  machine.read_free_memory(device))
 note(f'memory: {report.describe_memory(model, prompt_length, max_new_tokens, rows)}')
 if compile:
-    kernels.compile_forward(model)
+    inference.compile_forward(model)
 elif device_type == 'cpu':
-    kernels.pack_linears(model, rows)
+    inference.pack_linears(model, rows)
 if interactive:
     sys.exit(interact())
 for first_sample in range(0, num_samples, rows):

@@ -117,10 +117,9 @@ distributed.check_restarts(init_from, eval_only)
 if init_from == 'auto':
     init_from = 'resume' if checkpoint.exists(out_dir) else 'scratch'
 if init_from == 'scratch':
-    vocab_size = meta['vocab_size'] if meta else 50304
-    model = GPT(GPTConfig(
-        block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, rope_base=rope_base,
-        qk_norm=qk_norm, relu2=relu2, tied=tied, bigrams=bigrams, embd_conv=embd_conv))
+    model_args = restore.choose_args(GPTConfig, config)  # the settings that are fields of it
+    model_args['vocab_size'] = meta['vocab_size'] if meta else 50304
+    model = GPT(GPTConfig(**model_args))
     origin = 'from scratch'
 elif init_from == 'resume':
     load_state = checkpoint.load_best if eval_only else checkpoint.load_newest
@@ -129,7 +128,7 @@ elif init_from == 'resume':
     model = restore.build_model(GPT, GPTConfig, state, path, dropout)
     origin = f'resumed from {path} at iteration {state["iter_num"]}'
 elif huggingface.is_huggingface(init_from):
-    model = GPT.from_pretrained(init_from, dict(dropout=dropout))
+    model = restore.load_pretrained(GPT, init_from, dropout)
     characters = huggingface.read_characters(init_from)
     check_vocabulary(meta, checkpoint.describe(model.config, characters), data_dir, init_from)
     origin = f'from {init_from}'
@@ -187,8 +186,8 @@ def get_train_batch(iter_num, micro_step):
     return get_batch('train', order.get_starts(iter_num, micro_step * ddp_world_size + ddp_rank))
 
 
-def seed_dropout(iter_num, micro_step):
-    """Makes the dropout masks depend only on the seed and these numbers."""
+def seed_micro_step(iter_num, micro_step):
+    """Makes dropout, and all else that draws, depend only on the seed and these numbers."""
     sequence = np.random.SeedSequence((seed, iter_num, micro_step * ddp_world_size + ddp_rank))
     torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
@@ -207,8 +206,8 @@ def estimate_loss():
             X, Y = get_batch(split, starts)
             if mask is not None:  # these targets are also in an earlier sequence
                 Y = Y.masked_fill(mask.to(device), -1)
-            with ctx:
-                _, loss = model(X, Y, return_logits=False)
+            with ctx, kernels.loss_only(raw_model):
+                _, loss = model(X, Y)
             loss_sum += loss * weight
             forget_pages(tokens[split])
             if distributed.agree(signals.read_requests())[0]:
@@ -239,6 +238,7 @@ def get_lr(it):
 
 def save_checkpoint(is_best, finished=False):
     """Saves all that a resumed run needs, in nanoGPT's format. All ranks must call it."""
+    say(f'saving checkpoint to {out_dir}')
     if run_dir:
         run_dir.wait()  # until the save before is written: memory has room for one copy
     # training continues while a thread writes the copy; without room for a copy it waits
@@ -344,11 +344,10 @@ while True:
     loss_sum = torch.zeros((), device=device)
     for micro_step in range(micro_steps):
         last_micro_step = micro_step == micro_steps - 1
-        if dropout:
-            seed_dropout(iter_num, micro_step)
+        seed_micro_step(iter_num, micro_step)
         with distributed.sync_gradients(model, now=last_micro_step):
-            with ctx:
-                _, loss = model(X, Y, return_logits=False)
+            with ctx, kernels.loss_only(raw_model):  # logits would take much memory
+                _, loss = model(X, Y)
             # get the next batch while the device is busy
             next_micro_step = iter_num * micro_steps + micro_step + 1
             X, Y = get_train_batch(*divmod(next_micro_step, micro_steps))
@@ -366,7 +365,8 @@ while True:
         dt = (time.perf_counter() - t0) / (iter_num + 1 - t0_iter)
         t0, t0_iter = time.perf_counter(), iter_num + 1
         if peak_flops and iter_num - first_iter >= 5:  # the first iterations warm up
-            new_mfu = raw_model.estimate_mfu(batch_size * micro_steps, dt, peak_flops)
+            new_mfu = raw_model.estimate_mfu(batch_size * micro_steps, dt)  # of an A100
+            new_mfu *= machine.A100_FLOPS / peak_flops
             mfu = new_mfu if mfu is None else 0.9 * mfu + 0.1 * new_mfu
         evals_left = max_iters // eval_interval - iter_num // eval_interval
         seconds_left = dt * (max_iters - iter_num - 1) + eval_seconds * evals_left

@@ -135,6 +135,8 @@ def shard_optimizer(optimizer, parallel):
     """The optimizer; with zero1 one that has the state for this rank's part of the weights."""
     if parallel != 'zero1' or not dist.is_initialized():
         return optimizer
+    if not isinstance(optimizer, torch.optim.AdamW):
+        fail(f'parallel=zero1 shards only AdamW, not {type(optimizer).__name__}', 'use ddp or fsdp')
     from torch.distributed.optim import ZeroRedundancyOptimizer
     options = {key: optimizer.defaults[key] for key in ('lr', 'betas', 'eps', 'fused')}
     groups = [dict(group) for group in optimizer.param_groups]
@@ -148,7 +150,7 @@ def is_sharded(model):
 
 def get_local_optimizer(optimizer):
     """The one that makes this rank's updates: zero1 wraps it in one over all weights."""
-    return getattr(optimizer, 'optim', optimizer)
+    return optimizer.optim if type(optimizer).__name__ == 'ZeroRedundancyOptimizer' else optimizer
 
 
 def wrap(model, device, parallel):
@@ -202,8 +204,8 @@ def gather(value, keep=True, copy=True, copies=None):
         return copies[id(value)]
     if isinstance(value, dict):
         return {key: gather(item, keep, copy, copies) for key, item in value.items()}
-    if isinstance(value, list):
-        return [gather(item, keep, copy, copies) for item in value]
+    if isinstance(value, (list, tuple)):
+        return type(value)(gather(item, keep, copy, copies) for item in value)
     return value
 
 

@@ -4,6 +4,7 @@ Faster forms of parts of the model, with the same meaning, and accelerate(), whi
 A part is replaced only if it is exactly the one that its fast form was written for. A part that was
 edited, patched, subclassed or hooked runs as it is written.
 """
+import contextlib
 import functools
 import math
 
@@ -14,7 +15,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from runtime.console import note
-from runtime.originals import is_unchanged
+from runtime.originals import is_torchs, is_unchanged
+
+# where model.py has a part with a faster form, by the name of the attribute
+PLACES = {'loss_head': 'LossHead', 'attention': 'Attention'}
 
 
 def accelerate(model, device_type, dtype):
@@ -26,31 +30,62 @@ def accelerate(model, device_type, dtype):
     fast_forms = {'LossHead': LossHead}
     if device_type == 'cpu':
         fast_forms.update(Dropout=Dropout, Attention=Attention, SquaredReLU=SquaredReLU)
-    replacements = {}
     edited_names = set()
-    for parent in list(model.modules()):
-        if isinstance(parent, LossHead):  # it has the plain one in it
+    if not is_unchanged(model, 'GPT'):
+        edited_names.add(type(model).__name__)
+    places = [(parent, name, part) for parent in model.modules() if not is_fast(parent)
+              for name, part in parent.named_children() if not is_fast(part)]
+    parts = [part for _, _, part in places]
+    for parent, name, part in places:
+        base_names = [base.__name__ for base in type(part).__mro__]
+        kind = next((base for base in base_names if base in fast_forms), PLACES.get(name))
+        if name == 'attn' and not hasattr(part, 'attention') and 'Attention' in fast_forms:
+            edited_names.add(type(part).__name__)
+        if kind not in fast_forms or name == 'attn_dropout':  # only its rate is used
             continue
-        for name, part in parent.named_children():
-            base_names = [base.__name__ for base in type(part).__mro__]
-            kind = next((base for base in base_names if base in fast_forms), None)
-            if kind is None or isinstance(part, fast_forms[kind]):
-                continue
-            if not is_unchanged(part, kind):
-                edited_names.add(type(part).__name__)
-                continue
-            if part not in replacements:  # a part may have several parents
-                replacements[part] = fast_forms[kind](part).train(part.training)
-            setattr(parent, name, replacements[part])
-    if device_type == 'cpu' and dtype == 'bfloat16':
-        drop = getattr(model.transformer, 'drop', None)
-        if not is_unchanged(model, 'GPT'):
-            edited_names.add(type(model).__name__)
-        elif type(drop) is Dropout:
+        if is_unchanged(part, kind) and parts.count(part) == 1:
+            setattr(parent, name, fast_forms[kind](part).train(part.training))
+        else:
+            edited_names.add(type(part).__name__)
+    if device_type == 'cpu' and dtype == 'bfloat16' and is_unchanged(model, 'GPT'):
+        drop = model.transformer.drop
+        if type(drop) is Dropout:
             model.transformer.drop = EmbeddingDropout(drop).train(drop.training)
     if edited_names:
-        note('changed parts of the model run as they are written, without a faster form: '
-             + ', '.join(sorted(edited_names)))
+        note('changed parts of the model run as they are written, so they may be slower and take '
+             'more memory: ' + ', '.join(sorted(edited_names)))
+
+
+def was_unchanged(part, kind):
+    """is_unchanged() for a part that was replaced: somebody may have changed its class since."""
+    return torch.compiler.is_compiling() or is_unchanged(part, kind)
+
+
+def is_fast(module):
+    """Whether the module is a faster form of a part of the model."""
+    return type(module).__module__ == __name__
+
+
+@contextlib.contextmanager
+def loss_only(model):
+    """In this context model(idx, targets) gives None for the logits, which take much memory.
+
+    If the loss or the forward pass of the model was changed, there are logits nevertheless.
+    """
+    can_skip = not stores_logits(model)
+    if can_skip:
+        model.loss_head.gives_logits = False
+    try:
+        yield
+    finally:
+        if can_skip:
+            model.loss_head.gives_logits = True
+
+
+def stores_logits(model):
+    """Whether the model computes its loss from all logits, because somebody has changed it."""
+    loss_head = getattr(model, 'loss_head', None)
+    return not isinstance(loss_head, LossHead) or not is_unchanged(model, 'GPT')
 
 
 # -----------------------------------------------------------------------------
@@ -73,8 +108,10 @@ class Dropout(nn.Dropout):
         super().__init__(dropout.p)
 
     def forward(self, x):
-        if x.device.type != 'cpu' or not self.training or not self.p:
-            return F.dropout(x, self.p, self.training)
+        is_known = torch.compiler.is_compiling() or (is_torchs(nn.Dropout.forward)
+                                                     and is_torchs(F.dropout))
+        if x.device.type != 'cpu' or not self.training or not self.p or not is_known:
+            return super().forward(x)
         return x * draw_mask(x, self.p) * (1 / (1 - self.p))
 
 
@@ -101,12 +138,17 @@ class Attention(nn.Module):
 
     def __init__(self, attention):
         super().__init__()
+        self.plain = attention
 
-    def forward(self, q, k, v, dropout_p):
+    def forward(self, q, k, v, dropout, flash):
         B, nh, T, hs = q.size()
+        dropout_p = 0.0
+        if type(dropout) is nn.Dropout and dropout.training:
+            dropout_p = dropout.p
         is_slow = dropout_p or T <= 1024 and q.dtype == torch.bfloat16 and q.requires_grad
-        if q.device.type != 'cpu' or not is_slow:
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+        is_known = flash and type(dropout) is nn.Dropout and was_unchanged(self.plain, 'Attention')
+        if q.device.type != 'cpu' or not is_slow or not is_known:
+            return self.plain(q, k, v, dropout, flash)
         mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
         q, k, v = (z.flatten(0, 1) for z in (q, k, v))  # (B * nh, T, hs)
         att = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=hs ** -0.5)
@@ -137,8 +179,11 @@ class SquaredReLU(nn.Module):
 
     def __init__(self, activation):
         super().__init__()
+        self.plain = activation
 
     def forward(self, x):
+        if not was_unchanged(self.plain, 'SquaredReLU'):
+            return self.plain(x)
         return SquaredReLUFunction.apply(x)
 
 
@@ -185,6 +230,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         return dx * (grad / count), dw * (grad / count), None, None, None
 
 
+# not float16: gradients that are computed before the loss is scaled would vanish in it
+DTYPES = torch.float32, torch.bfloat16
+
+
 class LossHead(nn.Module):
     """The output layer and the loss, together where only the loss is needed and logits are large.
 
@@ -194,78 +243,43 @@ class LossHead(nn.Module):
     def __init__(self, loss_head):
         super().__init__()
         self.plain = loss_head
+        self.gives_logits = True  # see loss_only()
+        self.is_compiled = True  # with the rest of a compiled model
 
-    def forward(self, lm_head, x, targets, return_logits):
+    def forward(self, lm_head, x, targets):
+        if self.training and not self.is_compiled:
+            return self.run_eagerly(lm_head, x, targets)
+        return self.compute(lm_head, x, targets)
+
+    def compute(self, lm_head, x, targets):
         device_type, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
-        # in float16 gradients that are computed before the loss is scaled would vanish
-        if (return_logits or torch.compiler.is_compiling() or dtype == torch.float16
+        if (self.gives_logits or torch.compiler.is_compiling() or dtype not in DTYPES
                 or not is_unchanged(lm_head, 'Linear') or lm_head.bias is not None
+                or not is_unchanged(self.plain, 'LossHead')
                 or targets.numel() * lm_head.out_features <= 2 ** 22):
-            return self.plain(lm_head, x, targets, return_logits)
+            logits, loss = self.plain(lm_head, x, targets)
+            return (logits if self.gives_logits else None), loss
         loss = LinearCrossEntropy.apply(x.flatten(0, 1), lm_head.weight, targets.flatten(), dtype,
                                         torch.is_grad_enabled())
         return None, loss
 
+    run_eagerly = torch.compiler.disable(compute)
+
 
 # -----------------------------------------------------------------------------
 # other ways to run all of the model
-class PackedLinear(nn.Module):
-    """A linear layer for inference on a CPU, its weight in the blocks that oneDNN multiplies."""
-
-    def __init__(self, linear, rows):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
-        self.bias = linear.bias
-
-    def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
-
-
-def pack_linears(model, rows):
-    """Makes a model on a CPU generate `rows` sequences at once faster.
-
-    Afterwards it can't be trained or saved. A token takes 16 ms instead of 22 at 124M in bfloat16,
-    and 37 instead of 69 in float32; ten rows take 33 instead of 43.
-    """
-    if not torch.backends.mkldnn.is_available():
-        return
-    is_bfloat16 = model.lm_head.weight.dtype == torch.bfloat16
-    if is_bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return
-    # a list of all linear layers would keep every weight twice
-    for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
-        for name, child in parent.named_children():
-            if is_unchanged(child, 'Linear'):
-                setattr(parent, name, PackedLinear(child, rows))
-
-
 def compile_model(model):
     """torch.compile() of the model, but not of the loss while dropout cuts up the graph on a CPU.
 
     Otherwise the loss would be compiled by itself, and would store all logits.
     """
     has_dropout = any(isinstance(part, Dropout) and part.p for part in model.modules())
-    if has_dropout and hasattr(model, 'loss_head'):
-        loss_head, forward = model.loss_head, model.loss_head.forward
-        eager_forward = torch.compiler.disable(forward)
-
-        def choose_forward(*args):
-            return eager_forward(*args) if loss_head.training else forward(*args)
-
-        loss_head.forward = choose_forward
+    loss_head = getattr(model, 'loss_head', None)
+    if has_dropout and isinstance(loss_head, LossHead):
+        loss_head.is_compiled = False
     return torch.compile(model)
-
-
-def compile_forward(model):
-    """torch.compile() of the forward pass, for generation.
-
-    By default torch compiles again for each value of a number in a module. Here that is the length
-    of the KV cache, which changes with each token.
-    """
-    torch._dynamo.config.allow_unspec_int_on_nn_module = True
-    model.forward = torch.compile(model.forward)
 
 
 def recompute_blocks(model):
@@ -275,4 +289,10 @@ def recompute_blocks(model):
     https://arxiv.org/abs/1604.06174
     """
     for block in model.transformer.h:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        forward = vars(block).get('forward', functools.partial(run_forward, block))
+        block.forward = functools.partial(checkpoint, forward, use_reentrant=False)
+
+
+def run_forward(module, *args, **options):
+    """The forward() that the module's class has at this time, so that it can still be changed."""
+    return type(module).forward(module, *args, **options)

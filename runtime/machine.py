@@ -126,6 +126,9 @@ PEAK_FLOPS = {
 }
 
 
+A100_FLOPS = 312e12  # the model's estimate_mfu() is a share of this, as in nanoGPT
+
+
 def peak_flops(name):
     """The 16-bit matmul rate of the GPU of this name in FLOP/s; None if the table lacks it."""
     words = set(re.findall(r'\w+', name))
@@ -142,7 +145,7 @@ def find_peak_flops(device):
 
 
 def estimate_training_bytes(config, num_params, optimizer_bytes, batch_size, dtype,
-                            device_type='cuda', is_compiled=True, recomputes_layers=False,
+                            device_type='cuda', stores_logits=True, recomputes_layers=False,
                             parallel='ddp', ranks=1):
     """Estimates the bytes that training needs on one rank: (model state, peak of activations).
 
@@ -165,7 +168,7 @@ def estimate_training_bytes(config, num_params, optimizer_bytes, batch_size, dty
     else:
         layers_bytes = config.n_layer * layer_bytes
     logits = tokens * config.vocab_size
-    if not is_compiled:
+    if not stores_logits:
         logits = min(logits, 2 ** 25)  # see kernels.LinearCrossEntropy
     state_bytes = 8 * num_params + optimizer_bytes
     if parallel == 'zero1':

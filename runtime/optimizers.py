@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from runtime.console import warn
+from runtime.console import fail, warn
 from runtime.distributed import full_tensor, get_local_optimizer, local_tensor, shard_like
 
 
@@ -20,6 +20,10 @@ def specialize(optimizer, optim, moments_dtype, momentum, model):
     """
     if optim == 'adamw' and moments_dtype == 'float32':
         return optimizer
+    if type(optimizer) is not torch.optim.AdamW:
+        fail(f'optim={optim} and moments_dtype={moments_dtype} take the place of AdamW, but '
+             f'configure_optimizers returns {type(optimizer).__name__}',
+             'use --optim=adamw --moments_dtype=float32')
     groups = [dict(group) for group in optimizer.param_groups]
     options = {key: optimizer.defaults[key] for key in ('lr', 'betas', 'eps')}
     if optim == 'muon':
@@ -30,8 +34,12 @@ def specialize(optimizer, optim, moments_dtype, momentum, model):
             if group_matrices:
                 muon_groups.append({**group, 'params': group_matrices, 'momentum': momentum})
                 group['params'] = [p for p in group['params'] if p not in matrices]
-        return Muon(groups + muon_groups, **options)
-    return LowMemoryAdamW(groups, **options, fused=True)
+        groups += muon_groups
+    cls = Muon if optim == 'muon' else LowMemoryAdamW
+    try:
+        return cls(groups, **options)
+    except ValueError as e:
+        fail(str(e), 'change configure_optimizers in model.py')
 
 
 def count_state_bytes(optimizer):
@@ -52,6 +60,13 @@ def compute_loss(closure):
         return closure()
 
 
+def refuse_options(group, *names):
+    """ValueError if a parameter group asks for something that its optimizer doesn't do."""
+    options = [f'{name}={group[name]}' for name in names if group.get(name)]
+    if options:
+        raise ValueError(f'this optimizer has no {", ".join(options)}')
+
+
 class LowMemoryAdamW(torch.optim.AdamW):
     """AdamW with its moments in bfloat16: 12 bytes per parameter in all instead of 16.
 
@@ -59,6 +74,13 @@ class LowMemoryAdamW(torch.optim.AdamW):
     the second moment stands still if beta2 is above 0.99.
     """
     moments_dtype = torch.bfloat16
+
+    def __init__(self, params, **options):
+        super().__init__(params, **options, fused=True)
+
+    def add_param_group(self, group):
+        super().add_param_group(group)
+        refuse_options(self.param_groups[-1], 'amsgrad', 'differentiable')
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -85,7 +107,7 @@ class LowMemoryAdamW(torch.optim.AdamW):
         torch._fused_adamw_(
             [p], [p.grad], [exp_avg], [exp_avg_sq], [], [state['step']], lr=group['lr'],
             beta1=beta1, beta2=beta2, weight_decay=group['weight_decay'], eps=group['eps'],
-            amsgrad=False, maximize=False, grad_scale=getattr(self, 'grad_scale', None),
+            amsgrad=False, maximize=group['maximize'], grad_scale=getattr(self, 'grad_scale', None),
             found_inf=found_inf)
         state['exp_avg'].copy_(exp_avg)
         state['exp_avg_sq'].copy_(exp_avg_sq)
@@ -108,6 +130,11 @@ class Muon(torch.optim.AdamW):
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+
+    def add_param_group(self, group):
+        super().add_param_group(group)
+        if 'momentum' in group:
+            refuse_options(self.param_groups[-1], 'amsgrad', 'maximize', 'differentiable')
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -211,6 +238,7 @@ def clip_and_step(optimizer, scaler, grad_clip):
         local_optim.found_inf = (~norm.isfinite()).float()
         local_optim.grad_scale = (norm / limit).clamp(min=1)
         scaler.step(optimizer)
+        del local_optim.found_inf, local_optim.grad_scale  # the next step() may be somebody's own
     scaler.update()
     return norm
 

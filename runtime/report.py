@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch
 
-from runtime import checkpoint, inference, machine
+from runtime import checkpoint, inference, kernels, machine
 from runtime.console import ROOT, format_bytes, report_error, say, shorten_path
 
 
@@ -80,7 +80,7 @@ def print_memory(model, optimizer_bytes, config, device, dtype, compile, ranks, 
     num_params = model.get_num_params(False)
     state_bytes, activation_bytes = machine.estimate_training_bytes(
         model.config, num_params, optimizer_bytes, config['batch_size'], dtype,
-        torch.device(device).type, compile and parallel != 'fsdp',
+        torch.device(device).type, compile and parallel != 'fsdp' or kernels.stores_logits(model),
         config['activation_checkpointing'], parallel, ranks)
     allocated_bytes = 4 * num_params
     if is_resumed:

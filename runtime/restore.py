@@ -8,6 +8,10 @@ from torch.overrides import TorchFunctionMode
 
 from runtime.console import fail, get_first_line, say
 from runtime.distributed import get_local_optimizer, shard_like
+from runtime.optimizers import LowMemoryAdamW, Muon
+
+# the settings for model options that nanoGPT's model doesn't have, and their defaults
+OPTIONS = dict(rope_base=0.0, qk_norm=False, relu2=False, tied=True, bigrams=0, embd_conv=0)
 
 
 def build_model(model_class, config_class, state, path, dropout=0.0, dtype=torch.float32):
@@ -17,10 +21,14 @@ def build_model(model_class, config_class, state, path, dropout=0.0, dtype=torch
     """
     weights = {name: tensor.to(dtype, copy=True) for name, tensor in state['model'].items()}
     try:
-        args = {**state['model_args'], 'dropout': dropout, 'gelu': state.get('gelu', 'none')}
+        args = {**state['model_args'], 'dropout': dropout}
+        if state.get('gelu', 'none') != 'none':
+            args['gelu'] = state['gelu']
         check_types(args, config_class)
+        if args.get('rope_base', 0) < 0:
+            raise ValueError('its rope_base is negative')
         return assemble(model_class, config_class(**args), weights)
-    except (TypeError, ValueError, RuntimeError) as e:
+    except (AssertionError, TypeError, ValueError, RuntimeError) as e:
         reason = ' '.join(str(e).split())[:300]  # load_state_dict names the weights in later lines
         fail(f'{path} is not a readable checkpoint: {reason}', 'use another one')
 
@@ -34,6 +42,31 @@ def check_types(args, config_class):
         allowed_types = (float, int) if kind is float else (kind,)
         if type(value) not in allowed_types and not (key == 'bias' and kind):
             raise ValueError(f'this model has no option {key} of type {type(value).__name__}')
+
+
+def choose_args(config_class, config):
+    """The arguments of the model's config: all settings in config that are fields of it.
+
+    Fails if a setting asks for an option that the model doesn't have.
+    """
+    names = {field.name for field in fields(config_class)}
+    options = [f'{name}={config[name]}' for name, default in OPTIONS.items()
+               if name not in names and config[name] != default]
+    if options:
+        fail(f'the GPTConfig of this model.py has no {", ".join(options)}', 'leave that out')
+    return {name: config[name] for name in names if name in config}
+
+
+def load_pretrained(model_class, init_from, dropout=0.0, dtype=torch.float32):
+    """model_class.from_pretrained() with weights in dtype, without a wider copy of them."""
+    torch.set_default_dtype(dtype)
+    try:
+        return model_class.from_pretrained(init_from, dict(dropout=dropout))
+    except AssertionError as e:  # nanoGPT's own model.py knows only four names
+        fail(f'this model.py cannot load {init_from!r} ({get_first_line(e)})',
+             'use gpt2, gpt2-medium, gpt2-large or gpt2-xl')
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def assemble(model_class, config, weights):
@@ -87,6 +120,9 @@ def load_optimizer(optimizer, scaler, checkpoint, path, config):
     if state is None:
         fail(f'{path} has no optimizer state', 'you can sample from it, but not resume it')
     local_optim = get_local_optimizer(optimizer)
+    is_known = type(local_optim) in (torch.optim.AdamW, LowMemoryAdamW, Muon)
+    if not is_known or optimizer.param_groups[0].get('amsgrad'):
+        return load_other_optimizer(optimizer, state, path)
     params = [p for group in optimizer.param_groups for p in group['params']]
     local_params = {p for group in local_optim.param_groups for p in group['params']}
     muon_params = {p for group in optimizer.param_groups if 'momentum' in group
@@ -124,6 +160,40 @@ def load_optimizer(optimizer, scaler, checkpoint, path, config):
         fail(f'moments in bfloat16 stand still with beta2={beta2}, which {path} has',
              'use --moments_dtype=float32')
     print_overruled(optimizer, config)
+
+
+def load_other_optimizer(optimizer, state, path):
+    """load_optimizer() for an optimizer that somebody has put into configure_optimizers.
+
+    It goes by the optimizer's own load_state_dict(), which takes the settings of its groups, too.
+    """
+    groups = [dict(group) for group in optimizer.param_groups]
+    params = [p for group in groups for p in group['params']]
+    try:
+        states = {}
+        for i, values in state['state'].items():
+            states[i] = {key: fit_value(value, params[i]) for key, value in values.items()}
+        optimizer.load_state_dict({**state, 'state': states})
+        for old_group, group in zip(groups, optimizer.param_groups):
+            missing_keys = set(old_group) - set(group)
+            if missing_keys:
+                raise ValueError(f'it has no {", ".join(sorted(missing_keys))}')
+            for key in ('foreach', 'fused', 'capturable'):  # how it is computed here, not what
+                if key in old_group:
+                    group[key] = old_group[key]
+    except Exception as e:  # it may have anything in it
+        fail(f'the optimizer state in {path} does not fit {type(optimizer).__name__} '
+             f'({get_first_line(e)})', 'use the optimizer of that run, or another checkpoint')
+
+
+def fit_value(value, parameter):
+    """A copy of a value in the optimizer's state, cut and sharded as its parameter is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.dim() == parameter.dim() > 0 and value.shape[1:] == parameter.shape[1:]:
+        value = value[:len(parameter)]  # block_size has cut the table of positions
+    value = value.clone()  # the file may change or disappear
+    return shard_like(value, parameter) if value.shape == parameter.shape else value
 
 
 def print_overruled(optimizer, config):

@@ -9,7 +9,7 @@ import torch.nn as nn
 
 import model as model_py
 from model import GPT, GPTConfig
-from runtime import kernels, originals
+from runtime import inference, kernels, originals
 
 OPTIONS = dict(rope_base=100.0, qk_norm=True, relu2=True, tied=False, bigrams=60, embd_conv=2,
                bias=False)
@@ -36,14 +36,21 @@ def make_batch(model, rows=2):
     return x, y
 
 
+def compute_loss(model, *batch):
+    """(Logits or None, loss), as train.py computes them."""
+    with kernels.loss_only(model):
+        return model(*batch)
+
+
 def measure(model, batch, dtype='float32'):
     """The loss and the gradients by the names of their parameters, as train.py computes them."""
     with torch.autocast('cpu', torch.bfloat16, enabled=dtype == 'bfloat16'):
-        logits, loss = model(*batch, return_logits=False)
+        logits, loss = compute_loss(model, *batch)
     loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    assert logits is None and loss.dtype == torch.float32
+    is_skipped = type(model.loss_head) is kernels.LossHead and originals.is_unchanged(model, 'GPT')
+    assert (logits is None) == is_skipped and loss.dtype == torch.float32
     return {'loss': loss.detach(), **grads}
 
 
@@ -183,21 +190,21 @@ def test_the_loss_alone_is_the_same_loss(dtype):
     y[0, :9] = -1
     autocast = torch.autocast('cpu', torch.bfloat16, enabled=dtype == 'bfloat16')
     results = []
-    for return_logits in (True, False):
+    for compute in (GPT.__call__, compute_loss):
         with autocast:
-            logits, loss = model(x, y, return_logits=return_logits)
+            logits, loss = compute(model, x, y)
         (loss / 3).backward()
         results.append((loss.detach(), *(p.grad for p in model.parameters())))
         model.zero_grad()
     assert logits is None and loss.dtype == torch.float32
     with pytest.raises((IndexError, RuntimeError)):  # only -1 is ignored
-        model(x, y - 100, return_logits=False)
+        compute_loss(model, x, y - 100)
     for whole, pieces in zip(*results):
         assert (whole - pieces).norm() <= TOLERANCES[dtype] * whole.norm()
     with torch.no_grad(), autocast:
         # in bfloat16 attention takes another path where there are no gradients
         tolerance = 1e-6 if dtype == 'float32' else 1e-4
-        assert abs(model(x, y, return_logits=False)[1] - loss) < tolerance * loss
+        assert abs(compute_loss(model, x, y)[1] - loss) < tolerance * loss
 
 
 # -----------------------------------------------------------------------------
@@ -252,9 +259,10 @@ def test_compiled_it_gives_no_logits_and_compiles_once(accelerated):
     compiled = torch.compile(model, backend=count)
     x, y = torch.randint(50, (2, 2, 16))
     for _ in range(3):
-        logits, loss = compiled(x, y, return_logits=False)
+        with kernels.loss_only(model):
+            logits, loss = compiled(x, y)
         loss.backward()
-    assert logits is None and len(graphs) == 1
+    assert (logits is None) == accelerated and len(graphs) == 1
     torch.testing.assert_close(loss, model(x, y)[1])
 
 
@@ -264,7 +272,7 @@ def test_compiled_with_dropout_the_loss_stays_in_pieces(dropout, monkeypatch):
     kernels.accelerate(model, 'cpu', 'float32')
     batch, pieces = make_batch(model), []
     torch.manual_seed(0)
-    _, expected = model(*batch, return_logits=False)
+    _, expected = compute_loss(model, *batch)
 
     class Observed(kernels.LinearCrossEntropy):
         @classmethod
@@ -277,11 +285,13 @@ def test_compiled_with_dropout_the_loss_stays_in_pieces(dropout, monkeypatch):
     monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
     compiled = kernels.compile_model(model)
     torch.manual_seed(0)
-    _, loss = compiled(*batch, return_logits=False)
+    with kernels.loss_only(model):
+        _, loss = compiled(*batch)
     torch.testing.assert_close(loss, expected)
     assert len(pieces) == (dropout > 0)
     _, expected = model.eval()(*batch)
-    _, loss = compiled.eval()(*batch, return_logits=False)
+    with kernels.loss_only(model):
+        _, loss = compiled.eval()(*batch)
     torch.testing.assert_close(loss, expected)
     assert len(pieces) == (dropout > 0)
 
@@ -296,7 +306,7 @@ def test_packed_weights_give_the_same_logits(dtype, rtol, bias):
     model.to(dtype)
     for rows in (1, 3):
         idx, packed = torch.randint(50, (rows, 16)), copy.deepcopy(model)
-        kernels.pack_linears(packed, 3)
+        inference.pack_linears(packed, 3)
         assert not any(isinstance(m, nn.Linear) for m in packed.modules())
         for T in (16, 1):
             logits = model(idx[:, :T])[0]
@@ -324,14 +334,15 @@ def test_parts_stay_in_training_or_evaluation_mode(training):
     assert torch.equal(model(x, y)[1], model(x, y)[1]) != training
 
 
-def test_a_shared_part_stays_shared():
+def test_a_shared_part_stays_as_it_is(capsys):
     model = make_model(dropout=0.1)
     for block in model.transformer.h:
         block.mlp.dropout = block.attn.resid_dropout
     kernels.accelerate(model, 'cpu', 'float32')
     for block in model.transformer.h:
-        assert type(block.mlp.dropout) is kernels.Dropout
+        assert type(block.mlp.dropout) is nn.Dropout
         assert block.mlp.dropout is block.attn.resid_dropout
+    assert capsys.readouterr().err.endswith(': Dropout\n')
 
 
 def test_on_a_gpu_only_the_loss_is_replaced():
@@ -351,9 +362,9 @@ def test_where_the_logits_are_needed_the_loss_is_the_plain_one(monkeypatch):
     logits, loss = model(*batch)
     assert torch.equal(logits, expected_logits) and torch.equal(loss, expected_loss)
     with torch.autocast('cpu', torch.float16):  # its gradients would vanish
-        assert model(*batch, return_logits=False)[1].isfinite()
+        assert compute_loss(model, *batch)[1].isfinite()
     with pytest.raises(AttributeError):
-        model(*batch, return_logits=False)
+        compute_loss(model, *batch)
 
 
 @pytest.mark.parametrize('recompute', [False, True])

@@ -59,7 +59,7 @@ def test_memory_estimate_has_16_bytes_per_parameter():
     state, small = estimate()
     assert state == 16000
     assert estimate(2)[1] == 2 * small < estimate(2, 'float32')[1]
-    assert estimate(2, is_compiled=False)[1] < 2 * small  # never all logits at once
+    assert estimate(2, stores_logits=False)[1] < 2 * small  # never all logits at once
     assert estimate(recomputes_layers=True)[1] < small
     parts = [[machine.estimate_training_bytes(config, 2 ** 30, 2 ** 33, 1, 'bfloat16',
                                               parallel=parallel, ranks=ranks)[0]

@@ -1,0 +1,269 @@
+"""
+A model with a KV cache, and when it gives the same logits as without one.
+
+For the time of a step, some parts of the model are exchanged for parts that know the cache:
+attention sees the earlier keys and values, and positions and embeddings continue where it ends.
+"""
+import functools
+import weakref
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from runtime import originals
+from runtime.console import note
+
+# the classes that the cache was written for: model.py's, and those with a forward() of torch
+CLASSES = ('GPT', 'Block', 'CausalSelfAttention', 'Attention', 'RotaryPositions', 'MLP',
+           'SquaredReLU')
+TORCH_CLASSES = 'Linear', 'Embedding', 'LayerNorm', 'Dropout', 'GELU', 'ModuleList', 'ModuleDict'
+
+note_once = functools.lru_cache(None)(note)
+verdicts = weakref.WeakKeyDictionary()  # {model: (what it consisted of, whether the cache fits)}
+
+
+# -----------------------------------------------------------------------------
+# may it be used
+def can_cache(model, idx, use_cache=None):
+    """Whether to generate from token ids idx with a KV cache; if not, one line says why.
+
+    use_cache=None: if the model is as it was in model.py, or gives the same logits with a cache.
+    use_cache=True: without that look. ValueError if there is no attention to exchange.
+    """
+    if use_cache is False:
+        return False
+    attentions = [part for path, part in model.named_modules(remove_duplicate=False)
+                  if path.endswith('.attention')]
+    problem = None
+    if not attentions:
+        problem = 'its attention is not a module named attention'
+    elif len(attentions) > len(set(attentions)):
+        problem = 'some of its layers are one and the same'
+    if use_cache and problem:
+        raise ValueError(f'this model cannot use a KV cache: {problem}')
+    if use_cache:
+        return True
+    if any(map(originals.has_forward_hook, model.modules())) or originals.has_global_hook():
+        problem = 'it has a hook, which would see one token at a time'
+    elif not problem and not all(map(is_original_attention, attentions)):
+        problem = 'its attention was changed'
+    elif not problem and not is_original_model(model) and not has_same_logits(model, idx):
+        problem = 'it was changed, and the cache would change its logits'
+    if problem:
+        note_once(f'this model generates without a KV cache: {problem}')
+    return not problem
+
+
+def is_original_attention(part):
+    """Whether nobody has changed this Attention, for which CachedAttention stands in."""
+    is_fast = type(part).__module__ == 'runtime.kernels' and not originals.is_patched(part)
+    return originals.is_unchanged(part.plain if is_fast else part, 'Attention')
+
+
+def is_original_model(model):
+    """Whether nothing in the model was changed that computes logits."""
+    return originals.has_method(model, 'GPT.embed') and all(
+        is_original(module) for path, module in model.named_modules()
+        if not path.startswith('loss_head'))
+
+
+def is_original(module):
+    """Whether the module is one that the cache was written for, and nobody has changed it."""
+    cls = type(module)
+    if cls.__module__ in ('runtime.kernels', 'runtime.inference'):  # a faster form of a part
+        return not originals.is_patched(module)
+    if cls.__name__ in TORCH_CLASSES:
+        return not originals.is_patched(module) and originals.is_torchs(cls.forward)
+    return any(originals.is_unchanged(module, kind) for kind in CLASSES)
+
+
+def has_same_logits(model, idx):
+    """Whether the model gives the same logits with a cache, for random tokens in a full context.
+
+    Less would not show an attention that sees only the last 512 tokens. The verdict is kept until
+    a weight or a method changes. The tolerance is above what rounding does.
+    """
+    parts = [(type(module).forward, vars(module).get('forward')) for module in model.modules()]
+    parts += [p.is_inference() or p._version for p in model.parameters()]
+    parts_before, verdict = verdicts.get(model, (None, None))
+    if parts == parts_before:
+        return verdict
+    training_modules = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        verdict = compare_logits(model, idx)
+    except Exception:  # a change that can't work with a cache may raise anything
+        verdict = False
+    for module in training_modules:
+        module.training = True
+    verdicts[model] = parts, verdict
+    return verdict
+
+
+@torch.no_grad()
+def compare_logits(model, idx):
+    """has_same_logits(), for a model that is in eval mode: the prompt, then three tokens."""
+    T, V = model.config.block_size, model.config.vocab_size
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(V, (1, T), generator=generator).to(idx.device)
+    cached_model = CachedModel(model, T, static=idx.is_cuda)
+    idx_next = tokens[:, :max(1, T - 3)]
+    for n in range(idx_next.size(1), T + 1):
+        logits = cached_model(idx_next)[:, -1].double()
+        expected_logits = model(tokens[:, :n])[0][:, -1]
+        tolerance = 1e-4 if expected_logits.dtype.itemsize >= 4 else 3e-2
+        expected_logits = expected_logits.double()
+        scale = (expected_logits - expected_logits.mean()).norm()
+        if not (logits - expected_logits).norm() <= tolerance * scale:
+            return False
+        idx_next = tokens[:, n:n + 1]
+    return True
+
+
+# -----------------------------------------------------------------------------
+# the cache
+class KVCache:
+    """What all parts of a cached model know: how many tokens it has seen, and the last of them.
+
+    The prompt comes first (prefill), then one token per step (decode). In a static cache all
+    shapes and addresses stay the same from step to step, so a step can be replayed as a CUDA graph.
+    """
+
+    def __init__(self, size, static=False):
+        self.size = size  # tokens that the buffers hold
+        self.static = static
+        self.length = 0  # tokens seen
+        self.position = None  # the length as a tensor (1,) on the device
+        self.mask = None  # of a static cache: which places the next token sees, (1, size)
+        self.recent_idx = None  # the last token ids (B, n), if embeddings look at them
+
+    def begin(self, idx):
+        """Prepares the step for token ids idx (B, T)."""
+        assert self.length == 0 or idx.size(1) == 1, 'after the prompt, one token per step'
+        if self.length == 0:
+            self.position = torch.zeros(1, dtype=torch.long, device=idx.device)
+        elif self.static:
+            self.mask = torch.arange(self.size, device=idx.device)[None] <= self.position
+
+    def start(self):
+        """The position of the step's first token: a number, or a tensor (1,)."""
+        return self.position if self.static and self.length else self.length
+
+    def end(self, T):
+        """Counts the step's T tokens."""
+        self.length += T
+        self.position += T
+
+
+class CachedAttention(nn.Module):
+    """Causal attention of new tokens to themselves and to all earlier ones."""
+
+    def __init__(self, cache):
+        super().__init__()
+        self.cache = cache
+        self.buffer = None  # keys and values, (2, B, nh, size, hs)
+
+    def forward(self, q, k, v, dropout, flash):
+        cache, T = self.cache, k.size(2)
+        dropout_p = 0.0
+        if isinstance(dropout, nn.Dropout) and dropout.training:
+            dropout_p = dropout.p
+        if self.buffer is None:  # what is masked counts 0 times, so it must not be NaN
+            B, nh, _, hs = k.size()
+            self.buffer = k.new_zeros(2, B, nh, cache.size, hs)
+        # with rotary positions a full cache continues: a token replaces the one `size` before it
+        if cache.static and cache.length:
+            place = cache.position % cache.size
+            k, v = self.buffer.index_copy_(3, place, torch.stack((k, v)))
+            return F.scaled_dot_product_attention(q, k, v, cache.mask, dropout_p)
+        place = cache.length % cache.size
+        self.buffer[0, :, :, place:place + T] = k
+        self.buffer[1, :, :, place:place + T] = v
+        k, v = self.buffer[:, :, :, :cache.length + T]
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=T > 1)
+
+
+class ContinuedPositions(nn.Module):
+    """A table of positions that begins where the cache ends."""
+
+    def __init__(self, cache, table):
+        super().__init__()
+        self.cache = cache
+        self.table = table
+
+    def forward(self, pos):
+        return self.table(self.cache.start() + pos)
+
+
+class ContinuedRotary(nn.Module):
+    """Rotary positions that begin where the cache ends."""
+
+    def __init__(self, cache, rotary):
+        super().__init__()
+        self.cache = cache
+        self.rotary = rotary
+
+    def forward(self, q, k, base):
+        return self.rotary(q, k, base, self.cache.start())
+
+
+class CachedModel:
+    """A model with a KV cache of its own. Call it with the prompt, then with one token a time."""
+
+    def __init__(self, model, size, static=False):
+        self.model = model
+        self.cache = KVCache(size, static)
+        self.parts = []  # (the parent's dict of modules, name, the part that knows the cache)
+        for module in model.modules():
+            modules = module._modules
+            if 'attention' in modules:
+                self.parts.append((modules, 'attention', CachedAttention(self.cache)))
+            if 'rotary' in modules:
+                self.parts.append((modules, 'rotary', ContinuedRotary(self.cache, module.rotary)))
+            if 'wpe' in modules:
+                self.parts.append((modules, 'wpe', ContinuedPositions(self.cache, module.wpe)))
+        self.num_recent = getattr(model, 'embd_conv', 0) + (getattr(model, 'bigrams', 0) > 0)
+
+    def __call__(self, idx):
+        """The logits (B, 1, V) after token ids idx (B, T)."""
+        self.cache.begin(idx)
+        plain_parts = [modules[name] for modules, name, _ in self.parts]
+        patched_embed = vars(self.model).get('embed')  # if somebody has patched it
+        try:
+            for modules, name, part in self.parts:
+                modules[name] = part
+            if self.num_recent:
+                embed = self.model.embed
+                vars(self.model)['embed'] = lambda idx: self.embed(idx, embed)
+            logits, _ = self.model(idx)
+        finally:
+            vars(self.model).pop('embed', None)
+            if patched_embed:
+                vars(self.model)['embed'] = patched_embed
+            for (modules, name, _), part in zip(self.parts, plain_parts):
+                modules[name] = part
+        self.cache.end(idx.size(1))
+        return logits
+
+    def embed(self, idx, embed):
+        """The embeddings of idx (B, T), which also depend on the tokens before it."""
+        cache = self.cache
+        T = idx.size(1)
+        if cache.recent_idx is not None:
+            idx = torch.cat((cache.recent_idx, idx), dim=1)
+        recent_idx = idx[:, -self.num_recent:]
+        if cache.recent_idx is not None and recent_idx.shape == cache.recent_idx.shape:
+            cache.recent_idx.copy_(recent_idx)  # in place, for CUDA graphs
+        else:
+            cache.recent_idx = recent_idx.clone()
+        return embed(idx)[:, -T:]
+
+    def is_full(self, T):
+        """Whether T more tokens don't fit, so that all must be computed again.
+
+        When the context is full, every token moves to another position with each new one. With
+        learned positions all keys and values change then. Rotary positions don't need that.
+        """
+        is_too_long = self.cache.length + T > self.model.config.block_size
+        return is_too_long and not getattr(self.model, 'rope_base', 0)
