@@ -31,7 +31,8 @@ if to == 'hf':
     meta = checkpoint.find_meta(state, out_dir, path)
     dropout = state['model_args'].get('dropout', 0.0)
     model = restore.build_model(GPT, GPTConfig, state, path, dropout)
-    huggingface.write_folder(model.config, model.state_dict(), hf_dir, meta)
+    del state  # the export needs a second copy of the weights, and this would be a third one
+    huggingface.write_folder(model, hf_dir, meta)
     prompt = 'A'
     if meta and 'A' not in meta['stoi']:
         prompt = min(meta['stoi'])
@@ -43,6 +44,9 @@ if to == 'hf':
 else:
     if checkpoint.exists(out_dir):
         fail(f'{out_dir} already has a checkpoint', 'name a new folder with --out_dir')
+    if not huggingface.is_huggingface(hf_dir):
+        fail(f'{hf_dir} has no config.json of a GPT-2',
+             f'name one of {", ".join(huggingface.GPT2_SIZES)}, or a folder saved by transformers')
     model = GPT.from_pretrained(hf_dir)
     meta = huggingface.read_characters(hf_dir)
     make_folder(out_dir)

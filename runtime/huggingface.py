@@ -6,6 +6,7 @@ Only a folder's config.json, tokenizer.json and safetensors files are read. They
 import json
 import math
 import os
+import shutil
 
 import torch
 
@@ -23,6 +24,10 @@ SIZES = {'block_size': 'n_positions', 'vocab_size': 'vocab_size', 'n_layer': 'n_
 REQUIRED = {'model_type': 'gpt2', 'scale_attn_weights': True, 'add_cross_attention': False,
             'scale_attn_by_inverse_layer_idx': False, 'tie_word_embeddings': True,
             'layer_norm_epsilon': 1e-5}
+MASKS = ('.attn.bias', '.masked_bias')  # older files have them; they aren't weights
+# how much the logits of transformers may differ from ours, relative to the largest. Rounding makes
+# 1.3e-6 of it at most, in 12 to 48 layers, and the other form of GELU 2e-4 in a trained model
+TOLERANCE = 3e-5
 
 
 def list_tensors(args):
@@ -33,18 +38,13 @@ def list_tensors(args):
     C = args['n_embd']
     tensors = {'transformer.wte.weight': ((args['vocab_size'], C), False),
                'transformer.wpe.weight': ((args['block_size'], C), False)}
-    layers = {'attn.c_attn': (3 * C, C), 'attn.c_proj': (C, C),
-              'mlp.c_fc': (4 * C, C), 'mlp.c_proj': (C, 4 * C)}
-    norms = ['transformer.ln_f']
-    for i in range(args['n_layer']):
-        block = f'transformer.h.{i}'
-        norms += [f'{block}.ln_1', f'{block}.ln_2']
-        for name, shape in layers.items():
-            tensors[f'{block}.{name}.weight'] = (shape, True)
-            tensors[f'{block}.{name}.bias'] = (shape[:1], False)
-    for norm in norms:
-        tensors[f'{norm}.weight'] = ((C,), False)
-        tensors[f'{norm}.bias'] = ((C,), False)
+    layers = {'ln_1': (C,), 'attn.c_attn': (3 * C, C), 'attn.c_proj': (C, C),
+              'ln_2': (C,), 'mlp.c_fc': (4 * C, C), 'mlp.c_proj': (C, 4 * C)}
+    shapes = {f'transformer.h.{i}.{name}': shape
+              for i in range(args['n_layer']) for name, shape in layers.items()}
+    for name, shape in {**shapes, 'transformer.ln_f': (C,)}.items():
+        tensors[f'{name}.weight'] = (shape, len(shape) == 2)
+        tensors[f'{name}.bias'] = (shape[:1], False)
     return tensors
 
 
@@ -55,20 +55,19 @@ def is_huggingface(init_from):
     return init_from in GPT2_SIZES or os.path.isfile(os.path.join(init_from, 'config.json'))
 
 
-def read_weights(model_type, dtype=torch.float32):
+def read_weights(model_type, dtype=None):
     """(arguments of GPTConfig except dropout, weights in dtype) of a GPT-2 size or a folder.
 
     Tensors are copied one by one out of the memory-mapped files, so there is never a second copy
-    of the model. Fails if the weights can't be fetched or aren't those of a GPT-2.
+    of the model. dtype=None means torch's default. Fails if these aren't the weights of a GPT-2.
     """
     folder = fetch(model_type) if model_type in GPT2_SIZES else model_type
     try:
         with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
             hf_config = json.loads(f.read(2 ** 20))
         args = {our_name: hf_config[their_name] for our_name, their_name in SIZES.items()}
-        for name, value in args.items():
-            if type(value) is not int:
-                raise TypeError(f'{name} is not a whole number')
+        if any(type(value) is not int for value in args.values()):
+            raise TypeError(f'{args} are not whole numbers')
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         reason = f'{type(e).__name__}: {get_first_line(e)}'
         fail(f'{model_type!r} has no config.json of a GPT-2 ({reason})',
@@ -83,7 +82,7 @@ def read_weights(model_type, dtype=torch.float32):
     if unknown_options:
         fail(f'{model_type} is not a plain GPT-2: {", ".join(unknown_options)[:200]}',
              'this model has no such option')
-    weights = read_tensors(folder, args, dtype)
+    weights = read_tensors(folder, args, dtype or torch.get_default_dtype())
     args.update(bias=True, gelu=GELUS[activation])
     biases = [name for name in weights if name.endswith('.bias')]
     if hf_config.get('bias') is False and not any(weights[name].any() for name in biases):
@@ -95,12 +94,11 @@ def read_weights(model_type, dtype=torch.float32):
 def fetch(model_type):
     """The local folder of a GPT-2 size; huggingface_hub downloads it if it isn't in its cache."""
     from huggingface_hub import snapshot_download
-    files = ['config.json', 'model*.safetensors']
     reason = ''
     # the present name on the hub, and the name that older caches have
     for repo in (f'openai-community/{model_type}', model_type):
         try:
-            return snapshot_download(repo, allow_patterns=files)
+            return snapshot_download(repo, allow_patterns=['config.json', 'model*.safetensors'])
         except Exception as e:  # network, cache and hub errors have no common base class
             reason = reason or type(e).__name__
     fail(f'{model_type} could not be fetched from the Hugging Face hub ({reason})',
@@ -120,8 +118,8 @@ def read_tensors(folder, args, dtype):
             with safe_open(path, framework='pt') as f:
                 for key in f.keys():
                     name = 'transformer.' + key.removeprefix('transformer.')
-                    if key == 'lm_head.weight' or name.endswith(('.attn.bias', '.masked_bias')):
-                        continue  # the embedding again, and masks that aren't weights
+                    if key == 'lm_head.weight' or name.endswith(MASKS):
+                        continue  # lm_head.weight is the embedding again
                     header = f.get_slice(key)
                     if header.get_dtype() not in ('F64', 'F32', 'F16', 'BF16'):
                         raise ValueError(f'{key} is in {header.get_dtype()}')
@@ -131,13 +129,11 @@ def read_tensors(folder, args, dtype):
         if args['n_embd'] % args['n_head']:
             raise ValueError(f'n_embd={args["n_embd"]} is not divisible by n_head={args["n_head"]}')
         tensors = list_tensors(args)
-        for name in sorted({*shapes, *tensors}):
-            shape, transposed = tensors.get(name, (None, False))
-            if transposed:
-                shape = shape[::-1]
-            if shapes.get(name) != shape:
-                raise ValueError(f'{name} has shape {shapes.get(name)}, '
-                                 f'its config.json asks for {shape}')
+        expected = {name: shape[::-1] if transposed else shape
+                    for name, (shape, transposed) in tensors.items()}
+        for name in sorted({*shapes, *expected}):
+            if shapes.get(name) != expected.get(name):
+                raise ValueError(f'{name} has shape {shapes.get(name)}, not {expected.get(name)}')
         # the largest first: the mapped pages of the tensor being copied count as memory, too
         for name in sorted(locations, key=lambda name: -math.prod(shapes[name])):
             path, key = locations[name]
@@ -171,7 +167,8 @@ def read_characters(init_from):
             if some_words != [0, 1169, 262, 50255]:
                 raise ValueError("it is not GPT-2's BPE either")
             return None
-        meta = dict(vocab_size=len(stoi), stoi=stoi, itos={i: c for c, i in stoi.items()})
+        vocab_size = max(stoi.values()) + 1  # some ids may have no character
+        meta = dict(vocab_size=vocab_size, stoi=stoi, itos={i: c for c, i in stoi.items()})
         check_meta(meta)
         if any(len(c) != 1 for c in stoi):
             raise ValueError('its tokens are longer than a character')
@@ -183,77 +180,121 @@ def read_characters(init_from):
 
 # -----------------------------------------------------------------------------
 # writing
-def write_folder(config, weights, hf_dir, meta=None):
-    """Writes a GPT's config and weights to an empty folder that transformers loads.
+def write_folder(model, hf_dir, meta=None):
+    """Writes a GPT in float32 to an empty or new folder that transformers loads.
 
     The tokenizer is that of meta, a dataset's characters, or GPT-2's. Rows that pad the vocabulary
-    are left out. Fails if the model has an option that GPT-2's format can't express, or if meta's
-    tokens aren't single characters or are more than the model has.
+    are left out. Fails if GPT-2's format can't express the model, which someone may have edited.
     """
+    args = {name: getattr(model.config, name) for name in SIZES}
+    check_weights(model, args)
+    vocab_size = get_tokenizer(meta).vocab_size
+    if meta:
+        stoi = meta['stoi']
+        if any(len(c) != 1 for c in stoi) or len({*stoi.values()}) < len(stoi):
+            fail('some tokens of its vocabulary are longer than a character, or have the same id',
+                 'transformers has no tokenizer for these: share the checkpoint instead')
+        vocab_size = max(stoi.values()) + 1  # some ids may have no character
+    if vocab_size > args['vocab_size']:
+        fail(f'the model has a vocabulary of {args["vocab_size"]}, but its tokenizer has '
+             f'{vocab_size}', 'put the meta.pkl of its dataset next to the checkpoint')
+    args['vocab_size'] = vocab_size
+    parent, name = os.path.split(os.path.abspath(hf_dir))
+    while not os.path.exists(parent):  # an export that fails must not leave new parents
+        parent = os.path.dirname(parent)
+    temp_dir = os.path.join(parent, f'{name}.{os.getpid()}.tmp')
+    make_folder(temp_dir, '--hf_dir')
+    try:
+        write_files(model, args, temp_dir, meta)
+        check_logits(model, args, temp_dir)
+        make_folder(hf_dir, '--hf_dir')  # may be a mounted disk: move files, config.json last
+        for name in sorted(os.listdir(temp_dir), key=lambda name: name == 'config.json'):
+            shutil.move(os.path.join(temp_dir, name), os.path.join(hf_dir, name))
+    finally:
+        shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def check_weights(model, args):
+    """Fails unless the model has GPT-2's options and weights: no others, and none is missing."""
+    config = model.config  # any object that has the sizes
+    known_fields = {*SIZES, 'bias', 'gelu', 'dropout'}
+    fields = getattr(config, '__dataclass_fields__', {}).values()
+    options = [f'{field.name}={getattr(config, field.name)}' for field in fields
+               if field.name not in known_fields and getattr(config, field.name) != field.default]
+    if getattr(config, 'gelu', 'none') not in GELUS.values():
+        options.append(f'gelu={config.gelu}')
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
+              if not name.endswith(MASKS)}
+    expected = {name: shape for name, (shape, _) in list_tensors(args).items()
+                if name in shapes or config.bias or not name.endswith('.bias')}
+    expected['lm_head.weight'] = expected['transformer.wte.weight']
+    differences = options or [f'{name} {shapes.get(name, "(missing)")}'
+                              for name in sorted({*shapes, *expected})
+                              if shapes.get(name) != expected.get(name)]
+    if differences:
+        fail(f"GPT-2's format cannot express {', '.join(differences)[:200]}",
+             'share the checkpoint instead')
+
+
+def write_files(model, args, folder, meta):
+    """Writes the weights by their names in transformers, the tokenizer, and config.json."""
     from safetensors.torch import save_file
     from transformers import GenerationConfig, GPT2Config
-    if meta and any(len(c) != 1 for c in meta.get('stoi', ())):
-        fail('some tokens of its vocabulary are longer than a character',
-             'transformers has no tokenizer for these: share the checkpoint instead')
-    known_fields = {*SIZES, 'bias', 'gelu', 'dropout'}
-    options = [f'{field.name}={getattr(config, field.name)}'
-               for field in config.__dataclass_fields__.values()
-               if field.name not in known_fields and getattr(config, field.name) != field.default]
-    if options:
-        fail(f"GPT-2's format cannot express {', '.join(options)}", 'share the checkpoint instead')
-    unknown_names = set(weights) - set(list_tensors(vars(config))) - {'lm_head.weight'}
-    if unknown_names:
-        fail(f"GPT-2's format cannot express {', '.join(sorted(unknown_names))[:200]}",
-             'share the checkpoint instead')
-    tokenizer = make_tokenizer(meta)
-    vocab_size = len(tokenizer)
-    if vocab_size > config.vocab_size:
-        fail(f'the model has a vocabulary of {config.vocab_size}, but its tokenizer has '
-             f'{vocab_size}', 'put the meta.pkl of its dataset next to the checkpoint')
-    tensors = {}
-    for name, (shape, transposed) in list_tensors(vars(config)).items():
-        if name.endswith('.bias') and not config.bias:
-            tensors[name] = torch.zeros(shape)
-            continue
-        tensor = weights[name]
-        if name == 'transformer.wte.weight':
-            tensor = tensor[:vocab_size]
+    config, weights, tensors = model.config, model.state_dict(), {}
+    for name, (shape, transposed) in list_tensors(args).items():
+        tensor = weights[name][:shape[0]] if name in weights else torch.zeros(shape)  # no biases
         if transposed:
             tensor = tensor.t()
-        tensors[name] = tensor.contiguous()
-    activation = next(name for name, gelu in GELUS.items() if gelu == config.gelu)
-    end_id = tokenizer.eos_token_id
+        # a copy of each: save_file refuses weights that several layers share
+        tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
+    path = os.path.join(folder, 'model.safetensors')
+    save_file(tensors, path, metadata={'format': 'pt'})
+    os.chmod(path, 0o644)  # save_file makes it readable only for its owner
+    tokenizer = make_tokenizer(meta)
+    end_ids = dict.fromkeys(['bos_token_id', 'eos_token_id'], tokenizer.eos_token_id)
+    dropout = dict.fromkeys(['resid_pdrop', 'embd_pdrop', 'attn_pdrop'], config.dropout)
+    sizes = {their_name: args[our_name] for our_name, their_name in SIZES.items()}
     hf_config = GPT2Config(
-        architectures=['GPT2LMHeadModel'], vocab_size=vocab_size, n_positions=config.block_size,
-        n_embd=config.n_embd, n_layer=config.n_layer, n_head=config.n_head,
-        activation_function=activation, resid_pdrop=config.dropout, embd_pdrop=config.dropout,
-        attn_pdrop=config.dropout, bos_token_id=end_id, eos_token_id=end_id, dtype='float32',
+        **sizes, **dropout, **end_ids, architectures=['GPT2LMHeadModel'], dtype='float32',
+        activation_function={'none': 'gelu', 'tanh': 'gelu_new'}[getattr(config, 'gelu', 'none')],
         bias=config.bias)
-    make_folder(hf_dir, '--hf_dir')
-    weights_path = os.path.join(hf_dir, 'model.safetensors')
-    save_file(tensors, weights_path, metadata={'format': 'pt'})
-    os.chmod(weights_path, 0o644)  # save_file makes it readable only for its owner
-    tokenizer.save_pretrained(hf_dir)
-    GenerationConfig(bos_token_id=end_id, eos_token_id=end_id).save_pretrained(hf_dir)
-    hf_config.save_pretrained(hf_dir)  # last: with it the folder is complete
+    for part in (tokenizer, GenerationConfig(**end_ids), hf_config):
+        part.save_pretrained(folder)
+
+
+def check_logits(model, args, folder):
+    """Fails unless transformers computes the model's logits from the folder, at any length."""
+    from transformers import GPT2LMHeadModel, logging
+    T, V = args['block_size'], args['vocab_size']
+    idx = torch.randint(V, (1, T), generator=torch.Generator().manual_seed(1337))
+    idx[0, T // 4] = V - 1  # GPT-2's end of a text, which an edit may treat as a border
+    inputs = [idx[:, :length] for length in (1, max(1, T // 2), T)]
+    model.eval()
+    logging.disable_progress_bar()
+    with torch.no_grad():
+        ours = torch.cat([model(x)[0][:, -1, :V] for x in inputs])
+        hf = GPT2LMHeadModel.from_pretrained(folder)
+        theirs = torch.cat([hf(x, logits_to_keep=1, use_cache=False).logits[:, -1] for x in inputs])
+    difference = (ours - theirs).abs().max()
+    if not difference <= TOLERANCE * ours.abs().max():  # it may also be nan
+        fail(f'in transformers the logits differ by {difference:.1e}: model.py computes something '
+             "that GPT-2's format cannot express", 'share the checkpoint instead')
 
 
 def make_tokenizer(meta):
     """The characters of a meta dict, or GPT-2's BPE for None, as a tokenizer of transformers."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-    our_tokenizer = get_tokenizer(meta)
+    from transformers import PreTrainedTokenizerFast, convert_slow_tokenizer
     if meta:
-        special_tokens = {}
-        tokenizer = Tokenizer(models.WordLevel(our_tokenizer.stoi))
+        tokenizer = Tokenizer(models.WordLevel(meta['stoi']))
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
         tokenizer.decoder = decoders.Fuse()
     else:
-        special_tokens = dict(bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
-        converter = TikTokenConverter(pattern=our_tokenizer.bpe._pat_str,
-                                      extra_special_tokens=our_tokenizer.bpe._special_tokens)
-        converter.load_tiktoken_bpe = lambda path: our_tokenizer.bpe._mergeable_ranks
+        bpe = get_tokenizer(None).bpe
+        converter = convert_slow_tokenizer.TikTokenConverter(
+            pattern=bpe._pat_str, extra_special_tokens=bpe._special_tokens)
+        converter.load_tiktoken_bpe = lambda path: bpe._mergeable_ranks
         tokenizer = converter.converted()
+    special_tokens = {} if meta else dict(bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False,
                                    **special_tokens)

@@ -1,8 +1,21 @@
 """convert.py in both directions, and finetuning and sampling from a folder for transformers."""
+import os
+import shutil
+
 import pytest
 import torch
-from conftest import TINY, metrics, run
-from test_huggingface import equal_to, export, save_gpt2, save_ours
+from conftest import ROOT, TINY, metrics, run
+from test_huggingface import (
+    EMBEDDINGS,
+    META,
+    OTHERS,
+    SAME,
+    equal_to,
+    export,
+    load,
+    save_gpt2,
+    save_ours,
+)
 
 from model import GPT, GPTConfig
 from runtime import checkpoint, restore
@@ -91,6 +104,81 @@ def test_nothing_is_overwritten(tmp_path, trained):
     assert 'already has a checkpoint' in out.stderr
     out = run('convert.py', f'--out_dir={trained}', ok=False)
     assert 'convert.py --out_dir=out --hf_dir=my-gpt2' in out.stderr
+
+
+def test_a_folder_that_is_not_there_is_refused_in_one_line(tmp_path):
+    out = run('convert.py', '--to=native', f'--out_dir={tmp_path / "out"}',
+              f'--hf_dir={tmp_path / "hf"}', ok=False)
+    assert 'has no config.json of a GPT-2' in out.stderr and not os.listdir(tmp_path)
+
+
+# -----------------------------------------------------------------------------
+# somebody has edited model.py
+def convert_with(tmp_path, edits, ok):
+    """Exports tmp_path/out to tmp_path/hf in a copy of the tree whose model.py has other lines."""
+    tree = tmp_path / 'tree'
+    tree.mkdir()
+    for name in ('convert.py', 'configurator.py'):
+        shutil.copy(os.path.join(ROOT, name), tree)
+    shutil.copytree(os.path.join(ROOT, 'runtime'), tree / 'runtime')
+    with open(os.path.join(ROOT, 'model.py'), encoding='utf-8') as f:
+        source = f.read()
+    for old, new in edits:
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    (tree / 'model.py').write_text(source, encoding='utf-8')
+    out = run(tree / 'convert.py', f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}',
+              ok=ok)
+    shutil.rmtree(tree)
+    return out
+
+
+@pytest.mark.parametrize('edit', ['RMSNorm', 'SiLU', 'post-norm'])
+def test_an_edited_model_is_refused_in_one_line(tmp_path, edit):
+    save_ours(tmp_path / 'out', meta=META, vocab_size=20, bias=False)
+    err = convert_with(tmp_path, OTHERS[edit], ok=False).stderr
+    assert "computes something that GPT-2's format cannot express; share the checkpoint" in err
+    assert os.listdir(tmp_path) == ['out']
+
+
+def test_an_edit_that_computes_the_same_is_exported(tmp_path):
+    model = save_ours(tmp_path / 'out', meta=META, vocab_size=20, bias=False)
+    (tmp_path / 'hf').mkdir()
+    out = convert_with(tmp_path, SAME['attention'], ok=True)
+    assert out.stdout.startswith('exported') and out.stderr == ''
+    assert sorted(os.listdir(tmp_path)) == ['hf', 'out']
+    assert equal_to(load(tmp_path / 'hf'), model, 16)
+
+
+def test_a_mistake_in_an_edit_keeps_its_traceback_and_leaves_nothing_behind(tmp_path):
+    save_ours(tmp_path / 'out', meta=META, vocab_size=20)
+    out = convert_with(tmp_path, [(EMBEDDINGS, 'x = self.transformer.dropp(x)')], ok=None)
+    assert out.returncode == 1 and 'Traceback' in out.stderr and 'dropp' in out.stderr
+    assert os.listdir(tmp_path) == ['out']
+
+
+@pytest.mark.parametrize('is_there', [False, True])
+def test_a_crash_leaves_no_folder_that_looks_complete(tmp_path, is_there):
+    model = save_ours(tmp_path / 'out', meta=META, vocab_size=20)
+    if is_there:
+        (tmp_path / 'hf').mkdir()
+    edits = [(EMBEDDINGS, "__import__('os').kill(__import__('os').getpid(), 9)")]
+    assert convert_with(tmp_path, edits, ok=None).returncode == -9
+    rest = sorted(set(os.listdir(tmp_path)) - {'out'})
+    assert len(rest) == 1 + is_there and rest[-1].endswith('.tmp')
+    assert not is_there or not os.listdir(tmp_path / 'hf')
+    export(tmp_path)
+    assert equal_to(load(tmp_path / 'hf'), model, 16)
+
+
+def test_the_current_folder_and_a_new_one_in_a_new_one(tmp_path):
+    model = save_ours(tmp_path / 'out', meta=META, vocab_size=20)
+    (tmp_path / 'here').mkdir()
+    for hf_dir in ('.', os.path.join('some', 'where')):
+        run('convert.py', f'--out_dir={tmp_path / "out"}', f'--hf_dir={hf_dir}',
+            cwd=tmp_path / 'here')
+        assert equal_to(load(tmp_path / 'here' / hf_dir), model, 16)
+    assert sorted(os.listdir(tmp_path)) == ['here', 'out']
 
 
 def test_finetuning_in_little_memory_still_learns(tmp_path, char_data, trained):

@@ -7,9 +7,11 @@ import sys
 
 import pytest
 import torch
-from conftest import FAST, ROOT, TINY, run
+from conftest import FAST, ROOT, TINY, expect_error, run
+from test_originals import load_edited
 
-from model import GPT, GPTConfig
+import model as model_py
+from model import GPT
 from runtime import checkpoint, huggingface
 
 
@@ -25,13 +27,19 @@ def save_gpt2(folder, dtype=torch.float32, shard='1GB', **options):
     return hf.float()
 
 
-def save_ours(out_dir, meta=None, vocab_size=50304, **options):
-    """Saves a checkpoint of a small random model; returns the model."""
+def make_ours(module=model_py, vocab_size=50304, **options):
+    """A small random model of model.py, or of an edited copy of it."""
     torch.manual_seed(0)
     sizes = dict(block_size=32, vocab_size=vocab_size, n_layer=3, n_head=4, n_embd=48)
-    model = GPT(GPTConfig(**{**sizes, **options})).eval()
+    model = module.GPT(module.GPTConfig(**{**sizes, **options})).eval()
     for p in model.parameters():
         p.data.normal_(std=0.2)
+    return model
+
+
+def save_ours(out_dir, meta=None, **options):
+    """Saves a checkpoint of a small random model; returns the model."""
+    model = make_ours(**options)
     out_dir.mkdir()
     state = dict(checkpoint.describe(model.config, meta), model=model.state_dict(), iter_num=7,
                  best_val_loss=1.0, config={})
@@ -92,7 +100,7 @@ def test_the_wrong_gelu_would_be_noticed(tmp_path):
 def test_only_dropout_can_be_overridden(tmp_path):
     save_gpt2(tmp_path)
     assert GPT.from_pretrained(str(tmp_path), dict(dropout=0.3)).transformer.drop.p == 0.3
-    with pytest.raises(ValueError, match='n_layer'):
+    with pytest.raises((AssertionError, ValueError), match='only dropout can be overridden'):
         GPT.from_pretrained(str(tmp_path), dict(n_layer=2))
 
 
@@ -109,6 +117,18 @@ def test_what_is_not_a_gpt2_is_refused(tmp_path, change, capsys):
     with pytest.raises(SystemExit):
         GPT.from_pretrained(str(tmp_path))
     assert next(iter(change)) in capsys.readouterr().err
+
+
+def test_weights_have_the_default_dtype(tmp_path):
+    save_gpt2(tmp_path)
+    kinds = []
+    for dtype in (torch.bfloat16, torch.float32):
+        torch.set_default_dtype(dtype)
+        try:
+            kinds.append({w.dtype for w in huggingface.read_weights(str(tmp_path))[1].values()})
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert kinds == [{torch.bfloat16}, {torch.float32}]
 
 
 def test_damaged_weights_are_refused(tmp_path, capsys):
@@ -217,9 +237,30 @@ def test_the_command_that_convert_prints_generates_text(tmp_path):
     assert re.search(r"'generated_text': 'A[Ab]{31}'", out), out
 
 
+@pytest.mark.parametrize('ids', [(1, 2, 3), (0, 4, 9)])
+def test_ids_that_are_not_numbered_from_0(tmp_path, ids):
+    from transformers import AutoTokenizer
+    stoi = dict(zip('Abc', ids))
+    meta = dict(vocab_size=max(ids) + 1, stoi=stoi, itos=dict(zip(ids, 'Abc')))
+    model, folder = make_ours(vocab_size=16), str(tmp_path / 'hf')
+    huggingface.write_folder(model, folder, meta)
+    hf = load(folder)
+    assert hf.config.vocab_size == max(ids) + 1 and equal_to(hf, model, max(ids) + 1)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.encode('cAb') == [stoi[c] for c in 'cAb']
+    assert tokenizer.decode(list(ids)) == 'Abc'
+
+
+@pytest.mark.parametrize('ids', [(0, 1, 2), (1, 2, 3), (0, 4, 9)])
+def test_our_own_tables_of_characters_are_read_back(tmp_path, ids):
+    meta = dict(vocab_size=max(ids) + 1, stoi=dict(zip('Abc', ids)), itos=dict(zip(ids, 'Abc')))
+    huggingface.write_folder(make_ours(vocab_size=16), str(tmp_path / 'hf'), meta)
+    assert huggingface.read_characters(str(tmp_path / 'hf')) == meta
+
+
 @pytest.mark.parametrize('damage', [
     b'{', b'[]', b'{"model": {"type": "WordLevel", "vocab": {"ab": 0}}}',
-    b'{"model": {"type": "WordLevel", "vocab": {"a": 1}}}',
+    b'{"model": {"type": "WordLevel", "vocab": {"a": 70000}}}',
     b'{"model": {"type": "WordLevel", "vocab": {"a": -1, "b": 0}}}', b'[' * 100000])
 def test_a_damaged_table_of_characters(tmp_path, damage, capsys):
     (tmp_path / 'tokenizer.json').write_bytes(damage)
@@ -247,13 +288,22 @@ def test_another_tokenizer_is_refused(tmp_path, bpe):
     (dict(vocab_size=3, stoi={'a': 0, 'bc': 1, 'd': 2}, itos={0: 'a', 1: 'bc', 2: 'd'}),
      'longer than a character'),
     (dict(vocab_size=3, stoi={'a': 0, 'b': 1, 'c': 2}, itos={0: 'a', 1: 'b', 2: 'c'}),
-     'its tokenizer has 3')])
-def test_a_vocabulary_that_the_format_cannot_express_is_refused(tmp_path, meta, words):
+     'its tokenizer has 3'),
+    (dict(vocab_size=3, stoi={'a': 0, 'b': 2}, itos={0: 'a', 2: 'b'}), 'its tokenizer has 3'),
+    (dict(vocab_size=2, stoi={'a': 0, 'A': 0, 'b': 1}, itos={0: 'a', 1: 'b'}),
+     'or have the same id')])
+def test_a_vocabulary_that_the_format_cannot_express_is_refused(tmp_path, capsys, meta, words):
+    model = make_ours(vocab_size=2)
+    line = expect_error(capsys, huggingface.write_folder, model, str(tmp_path / 'hf'), meta)
+    assert words in line and not os.listdir(tmp_path)
+
+
+def test_a_long_token_is_refused_in_one_line(tmp_path):
+    meta = dict(vocab_size=2, stoi={'a': 0, 'bc': 1}, itos={0: 'a', 1: 'bc'})
     save_ours(tmp_path / 'out', meta=meta, vocab_size=2)
     out = run('convert.py', f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}',
               ok=False)
-    assert words in out.stderr
-    assert not (tmp_path / 'hf').exists()
+    assert 'longer than a character' in out.stderr and os.listdir(tmp_path) == ['out']
 
 
 def test_options_that_gpt2_does_not_have_are_refused(tmp_path, char_data):
@@ -263,4 +313,210 @@ def test_options_that_gpt2_does_not_have_are_refused(tmp_path, char_data):
               ok=False)
     options = 'rope_base=100.0, qk_norm=True, relu2=True, tied=False, bigrams=60, embd_conv=2'
     assert options in out.stderr and len(out.stderr.splitlines()) == 1
-    assert not (tmp_path / 'hf').exists()
+    assert os.listdir(tmp_path) == ['out']
+
+
+# -----------------------------------------------------------------------------
+# model.py with other lines
+META = dict(vocab_size=16, stoi={chr(97 + i): i for i in range(16)},
+            itos={i: chr(97 + i) for i in range(16)})
+BLOCK_END = '        self.mlp = MLP(config)\n'
+MODEL_END = '        self.loss_head = LossHead()\n'
+EMBEDDINGS = 'x = self.transformer.drop(x)'
+POSITIONS = '            x = x + self.transformer.wpe(torch.arange(T, device=idx.device))\n'
+ACTIVATION = 'x = self.gelu(self.c_fc(x))'
+ATTENTION = 'is_causal=True)'
+WINDOW = 'attn_mask=torch.ones(q.size(2), q.size(2)).tril().triu(-20).bool())'
+POST_NORM = [('x = x + self.attn(self.ln_1(x))', 'x = self.ln_1(x + self.attn(x))'),
+             ('return x + self.mlp(self.ln_2(x))', 'return self.ln_2(x + self.mlp(x))')]
+OTHERS = {
+    'RMSNorm': [(BLOCK_END, BLOCK_END + '        self.ln_1 = nn.RMSNorm(config.n_embd)\n')],
+    'SiLU': [(BLOCK_END, BLOCK_END + '        self.mlp.gelu = nn.SiLU()\n')],
+    'the other GELU': [(BLOCK_END, BLOCK_END + "        self.mlp.gelu = nn.GELU('tanh')\n")],
+    'squared ReLU': [(ACTIVATION, 'x = F.relu(self.c_fc(x)).square()')],
+    'scale': [(ATTENTION, 'is_causal=True, scale=0.5)')],
+    'window': [(ATTENTION, WINDOW)],
+    'no mask': [(ATTENTION, 'is_causal=False)')],
+    'post-norm': POST_NORM,
+    'scaled embeddings': [(EMBEDDINGS, 'x = self.transformer.drop(2 * x)')],
+    'no positions': [(POSITIONS, '            pass\n')],
+    'another start': [(EMBEDDINGS, 'x = torch.cat((2 * x[:, :1], x[:, 1:]), dim=1)')],
+    'another epsilon': [(MODEL_END, MODEL_END + '        self.transformer.ln_f.eps = 1e-3\n')],
+}
+NORM = '(x - x.mean(-1, True)) * (x.var(-1, unbiased=False, keepdim=True) + 1e-5).rsqrt()'
+ATTEND = '''def attend(q, k, v, *args):
+    att = q @ k.mT / math.sqrt(q.size(-1))
+    future = torch.ones(q.size(2), q.size(2)).triu(1).bool()
+    return att.masked_fill(future, -math.inf).softmax(dim=-1) @ v
+
+
+class Block(nn.Module):'''
+SAME = {
+    'another name': [(EMBEDDINGS, 'hidden = self.transformer.drop(x)\n        x = hidden')],
+    'attention': [('class Block(nn.Module):', ATTEND),
+                  (BLOCK_END, BLOCK_END + '        self.attn.attention.forward = attend\n')],
+    'GELU': [(ACTIVATION, 'x = self.c_fc(x)\n        x = x * (1 + (x / 2 ** 0.5).erf()) / 2')],
+    'norm': [('return x + self.mlp(self.ln_2(x))',
+              f'z = {NORM} * self.ln_2.weight\n        return x + self.mlp(z)')],
+    'shared layers': [('nn.ModuleList(Block(config) for _ in range(config.n_layer))',
+                       'nn.ModuleList([Block(config)] * config.n_layer)')],
+    'some biases': [(BLOCK_END, BLOCK_END + '        self.ln_1 = nn.LayerNorm(config.n_embd)\n')],
+}
+
+
+def make_edited(tmp_path, monkeypatch, edits, **options):
+    """A small random model of model.py with other lines, whose vocabulary is padded."""
+    module = load_edited(tmp_path / 'edited_model.py', monkeypatch, *edits)
+    os.remove(tmp_path / 'edited_model.py')
+    return make_ours(module, vocab_size=20, **options)
+
+
+def load(folder):
+    """The model that transformers loads from the folder."""
+    from transformers import GPT2LMHeadModel
+    return GPT2LMHeadModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize('edit', OTHERS)
+def test_a_model_that_computes_something_else_is_refused(tmp_path, monkeypatch, capsys, edit):
+    model = make_edited(tmp_path, monkeypatch, OTHERS[edit], bias=False).train()
+    folder = tmp_path / 'new' / 'hf'
+    line = expect_error(capsys, huggingface.write_folder, model, str(folder), META)
+    assert 'in transformers the logits differ by ' in line and 'share the checkpoint' in line
+    assert not os.listdir(tmp_path)
+
+
+def test_an_end_of_text_that_is_a_border_is_noticed(tmp_path, monkeypatch, capsys):
+    # the last id of this vocabulary is rarely among a few random ones
+    stoi = {chr(1000 + i): i for i in range(3000)}
+    meta = dict(vocab_size=3000, stoi=stoi, itos={i: c for c, i in stoi.items()})
+    edits = [(EMBEDDINGS, 'x = x * (idx != 2999).float()[..., None]')]
+    module = load_edited(tmp_path / 'edited_model.py', monkeypatch, *edits)
+    model = make_ours(module, vocab_size=3000)
+    line = expect_error(capsys, huggingface.write_folder, model, str(tmp_path / 'hf'), meta)
+    assert 'in transformers the logits differ by ' in line
+
+
+@pytest.mark.parametrize('edit', SAME)
+def test_an_edit_that_computes_the_same_is_exported(tmp_path, monkeypatch, edit):
+    model = make_edited(tmp_path, monkeypatch, SAME[edit], bias=False, dropout=0.5).train()
+    huggingface.write_folder(model, str(tmp_path / 'hf'), META)
+    hf = load(tmp_path / 'hf')
+    assert os.listdir(tmp_path) == ['hf'] and hf.config.vocab_size == 16
+    x = torch.randint(16, (2, 32))
+    with torch.no_grad():
+        logits = model(x, x)[0][..., :16]
+        torch.testing.assert_close(hf(x).logits, logits, rtol=1e-5, atol=2e-5)
+    args, _ = huggingface.read_weights(str(tmp_path / 'hf'))
+    assert args['bias'] == (edit == 'some biases')
+
+
+WEIGHTS = {
+    'transformer.h.0.ln_1.bias (missing)': OTHERS['RMSNorm'],
+    'transformer.h.2.scale ()': [
+        (BLOCK_END, BLOCK_END + '        self.scale = nn.Parameter(torch.ones(()))\n')],
+    'mask (32, 32)': [
+        (MODEL_END, MODEL_END + "        self.register_buffer('mask', torch.ones(32, 32))\n")],
+    'transformer.h.1.mlp.c_fc.weight (96, 48)': [
+        (BLOCK_END, BLOCK_END + '        self.mlp.c_fc = nn.Linear(config.n_embd, 96)\n'
+                                '        self.mlp.c_proj = nn.Linear(96, config.n_embd)\n')],
+    'transformer.wpe.weight (missing)': [
+        (MODEL_END, MODEL_END + '        del self.transformer.wpe\n')],
+    'lm_head.bias (20,)': [
+        (MODEL_END, '        self.lm_head.bias = nn.Parameter(torch.ones(20))\n' + MODEL_END)],
+}
+
+
+@pytest.mark.parametrize('words', WEIGHTS)
+def test_weights_that_gpt2_does_not_have_are_refused(tmp_path, monkeypatch, capsys, words):
+    model = make_edited(tmp_path, monkeypatch, WEIGHTS[words], bias=True)
+    line = expect_error(capsys, huggingface.write_folder, model, str(tmp_path / 'hf'), META)
+    assert line.startswith("error: GPT-2's format cannot express ") and words in line
+    assert not os.listdir(tmp_path)
+
+
+def test_another_activation_in_the_config_is_refused(tmp_path, capsys):
+    model = make_ours(vocab_size=20)
+    model.config.gelu = 'relu'
+    line = expect_error(capsys, huggingface.write_folder, model, str(tmp_path / 'hf'), META)
+    assert "GPT-2's format cannot express gelu=relu" in line
+
+
+def test_an_output_layer_with_its_own_weights_is_refused(tmp_path, capsys):
+    model = make_ours(vocab_size=20)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(20, 48))
+    line = expect_error(capsys, huggingface.write_folder, model, str(tmp_path / 'hf'), META)
+    assert 'in transformers the logits differ by ' in line
+
+
+def test_logits_that_are_not_numbers_are_refused(tmp_path, capsys):
+    model = make_ours(vocab_size=20)
+    model.transformer.ln_f.weight.data.fill_(float('nan'))
+    line = expect_error(capsys, huggingface.write_folder, model, str(tmp_path / 'hf'), META)
+    assert 'in transformers the logits differ by nan' in line and not os.listdir(tmp_path)
+
+
+def test_an_error_in_the_model_leaves_nothing_behind(tmp_path, monkeypatch):
+    edits = [(EMBEDDINGS, "raise RuntimeError('my mistake')")]
+    model = make_edited(tmp_path, monkeypatch, edits)
+    (tmp_path / 'hf').mkdir()
+    with pytest.raises(RuntimeError, match='my mistake'):
+        huggingface.write_folder(model, str(tmp_path / 'hf'), META)
+    assert os.listdir(tmp_path) == ['hf'] and not os.listdir(tmp_path / 'hf')
+
+
+def test_a_config_with_only_nanogpts_fields(tmp_path):
+    model = make_ours(vocab_size=20)
+    fields = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
+    values = {name: getattr(model.config, name) for name in fields}
+    model.config = type('Config', (), values)()  # vars() of it is empty
+    huggingface.write_folder(model, str(tmp_path / 'hf'), META)
+    assert equal_to(load(tmp_path / 'hf'), model, 16)
+
+
+CHEAP = '''
+import sys
+import torch
+from model import GPT, GPTConfig
+from runtime import huggingface
+model = GPT(GPTConfig(8, 4, 1, 1, 8))
+model.scale = torch.nn.Parameter(torch.ones(()))
+try:
+    huggingface.write_folder(model, sys.argv[1], dict(vocab_size=1, stoi={'a': 0}, itos={0: 'a'}))
+finally:
+    print('transformers' in sys.modules)
+'''
+
+
+def test_weights_are_refused_before_transformers_is_imported(tmp_path):
+    out = subprocess.run([sys.executable, '-c', CHEAP, str(tmp_path / 'hf')], cwd=ROOT,
+                         capture_output=True, text=True)
+    assert out.stdout == 'False\n' and 'cannot express scale ()' in out.stderr
+
+
+WRITING_MEMORY = '''
+import sys, torch
+from transformers import GPT2LMHeadModel
+from model import GPT, GPTConfig
+from runtime import huggingface
+def status(key):
+    for line in open('/proc/self/status'):
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+stoi = {chr(1000 + i): i for i in range(30000)}
+meta = dict(vocab_size=30000, stoi=stoi, itos={i: c for c, i in stoi.items()})
+huggingface.write_folder(GPT(GPTConfig(8, 30000, 1, 1, 8)), sys.argv[1] + '/small', meta)
+model = GPT(GPTConfig(16, 30000, 8, 16, 1024))
+before = status('VmRSS')
+open('/proc/self/clear_refs', 'w').write('5')  # resets the peak
+huggingface.write_folder(model, sys.argv[1] + '/large', meta)
+print((status('VmHWM') - before) / (4 * model.get_num_params(False)))
+'''
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'),
+                    reason='needs /proc/self/clear_refs to measure peak memory')
+def test_writing_takes_the_memory_of_a_second_copy(tmp_path):
+    out = subprocess.run([sys.executable, '-c', WRITING_MEMORY, str(tmp_path)], cwd=ROOT,
+                         capture_output=True, text=True, check=True)
+    assert 0.9 < float(out.stdout) < 1.3, out.stdout
