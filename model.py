@@ -92,7 +92,7 @@ class CausalSelfAttention(nn.Module):
 
     @property
     def dropout(self):
-        return self.attn_dropout.p
+        return self._modules.get('dropout', self.attn_dropout.p)  # a subclass may have a module
 
     @dropout.setter
     def dropout(self, p):
@@ -238,11 +238,11 @@ class GPT(nn.Module):
 
         runtime/inference.py does the same faster, with more options, if you don't change this.
         """
-        inference = None
-        with suppress(ImportError):
-            from runtime import inference  # here: this file works without it, too
-        if inference and inference.is_unchanged_generate(GPT.generate):
-            return inference.generate(self, idx, max_new_tokens, temperature, top_k, **options)
+        generate = None
+        with suppress(ImportError):  # this file works without runtime/, too
+            from runtime.inference import can_replace, generate
+        if generate and can_replace(GPT.generate):
+            return generate(self, idx, max_new_tokens, temperature, top_k, **options)
         if options:
             raise TypeError(f'{sorted(options)} need the generate() of runtime/inference.py')
         if temperature == 0:
@@ -276,7 +276,7 @@ class GPT(nn.Module):
         """The number of parameters. non_embedding leaves out wpe, but not wte."""
         total = sum(p.numel() for p in self.parameters())
         if non_embedding and 'wpe' in self.transformer:
-            total -= self.transformer.wpe.weight.numel()
+            total -= sum(p.numel() for p in self.transformer.wpe.parameters())
         return total
 
     def flops_per_token(self):

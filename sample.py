@@ -76,7 +76,7 @@ else:
     fail(f'init_from={init_from!r} is not known', remedy)
 tokenizer = get_tokenizer(meta, model.config.vocab_size)
 prompt_length = len(tokenizer.encode(start))
-model.eval().to(device, ptdtype)
+dtype = inference.convert(model, device, dtype)
 kernels.accelerate(model, device_type, dtype)
 note(f'model: {origin}, {model.get_num_params() / 1e6:.2f}M parameters, {tokenizer.name}')
 note(f'machine: {device} ({device_reason}), {dtype} ({dtype_reason})')

@@ -246,6 +246,7 @@ def save_checkpoint(is_best, finished=False):
     weights = raw_model.state_dict(keep_vars=True)
     state = dict(model=distributed.gather(weights, master_process, copy),
                  optimizer=distributed.gather_optimizer(optimizer, master_process, copy),
+                 optimizer_name=restore.get_optimizer_name(optimizer),
                  iter_num=iter_num, best_val_loss=best_val_loss, config=config, finished=finished,
                  **checkpoint.describe(raw_model.config, meta))
     if scaler.is_enabled():
@@ -389,7 +390,7 @@ path = run_dir.close() if run_dir else ''
 if run_dir and iter_num > first_iter and not stop_signal:  # after a signal it must end quickly
     try_or_warn('loss.png', plot.draw, [out_dir], os.path.join(out_dir, 'loss.png'))
 status = report.print_end(out_dir, path, iter_num, finished, eval_only, stop_signal,
-                          bad_steps.streak, ddp_world_size)
+                          bad_steps.streak >= max_bad_steps, bad_steps.streak, ddp_world_size)
 if wandb_run:
     try_or_warn('wandb', wandb_run.finish)
 distributed.shutdown(status, signals.release)

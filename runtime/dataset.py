@@ -154,7 +154,8 @@ class DataOrder:
             return np.array([self.epoch_starts(epoch)[n] for epoch, n in numbers])
         self.philox_state['state']['counter'][3] = iter_num
         self.philox.state = self.philox_state  # a tenth of the time of a new generator
-        raw = self.philox.random_raw(self.micro_batches * self.batch_size)
+        count = max(self.micro_batches, micro_batch + 1)  # somebody may train on more
+        raw = self.philox.random_raw(count * self.batch_size)
         return raw[micro_batch * self.batch_size:][:self.batch_size] % self.num_starts
 
     def draw_epoch(self, epoch):

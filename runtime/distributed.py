@@ -135,7 +135,8 @@ def shard_optimizer(optimizer, parallel):
     """The optimizer; with zero1 one that has the state for this rank's part of the weights."""
     if parallel != 'zero1' or not dist.is_initialized():
         return optimizer
-    if not isinstance(optimizer, torch.optim.AdamW):
+    is_amsgrad = any(group.get('amsgrad') for group in optimizer.param_groups)
+    if type(optimizer).__name__ not in ('AdamW', 'LowMemoryAdamW') or is_amsgrad:
         fail(f'parallel=zero1 shards only AdamW, not {type(optimizer).__name__}', 'use ddp or fsdp')
     from torch.distributed.optim import ZeroRedundancyOptimizer
     options = {key: optimizer.defaults[key] for key in ('lr', 'betas', 'eps', 'fused')}
@@ -157,8 +158,7 @@ def wrap(model, device, parallel):
     """The model with its gradients averaged over the ranks in the backward pass."""
     if not dist.is_initialized() or parallel == 'fsdp':
         return model
-    device = torch.device(device)
-    device_ids = None if device.type == 'cpu' else [device.index]
+    device_ids = None if torch.device(device).type == 'cpu' else [torch.device(device).index]
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 

@@ -4,7 +4,8 @@ Generating text: the prompt, one token after another, drawing a token, packed we
 import torch
 import torch.nn as nn
 
-from runtime.kv_cache import CachedModel, can_cache, note_once
+from runtime.console import get_first_line, note
+from runtime.kv_cache import CachedModel, can_cache, is_original_model, note_once
 from runtime.originals import is_original, is_unchanged
 
 
@@ -30,7 +31,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
     come from that.
     """
     own_generate = getattr(model, 'generate', None)
-    if own_generate and not is_unchanged_generate(getattr(own_generate, '__func__', None)):
+    if own_generate and not can_replace(getattr(own_generate, '__func__', None)):
         note_once('this model has another generate() than model.py had, so the tokens come from '
                   'it, all at once, with temperature and top_k as the only options')
         ids = own_generate(idx, max_new_tokens, temperature=temperature, top_k=top_k or None)
@@ -39,8 +40,8 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
         yield from draw_tokens(model, idx, max_new_tokens, temperature, top_k, top_p, vocab_size)
 
 
-def is_unchanged_generate(function):
-    """Whether this is the generate() that model.py had."""
+def can_replace(function):
+    """Whether generate() here may stand in for this function: the generate() that model.py had."""
     decorator_code = torch.no_grad()(sample).__code__
     return (getattr(function, '__code__', None) is decorator_code
             and is_original(function.__wrapped__, 'GPT.generate'))
@@ -103,7 +104,7 @@ def count_cache_bytes(model, prompt_length, max_new_tokens):
     """The bytes of one row's KV cache."""
     c = model.config
     tokens = min(c.block_size, prompt_length + max_new_tokens)
-    return 2 * c.n_layer * c.n_embd * tokens * model.lm_head.weight.itemsize
+    return 2 * c.n_layer * c.n_embd * tokens * next(model.parameters()).itemsize
 
 
 def choose_rows(model, prompt_length, max_new_tokens, num_samples, free_bytes):
@@ -127,11 +128,34 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear, rows):
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
+        self.blocks = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
         self.bias = linear.bias
 
+    @property
+    def weight(self):  # for a model that somebody has changed so that it reads this
+        return self.blocks.to_dense()
+
     def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
+        return torch.ops.mkldnn._linear_pointwise(x, self.blocks, self.bias, 'none', [], '')
+
+
+def convert(model, device, dtype):
+    """Moves the model to the device for sampling; returns its dtype, the name of which is given.
+
+    It is float32 if the model was changed and can't compute in dtype.
+    """
+    model.eval().to(device, getattr(torch, dtype))
+    if dtype == 'float32' or is_original_model(model):
+        return dtype
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 1, dtype=torch.long, device=device))
+    except RuntimeError as e:
+        note(f'this model was changed and does not run in {dtype} ({get_first_line(e)}), '
+             'so it runs in float32')
+        model.float()
+        return 'float32'
+    return dtype
 
 
 def pack_linears(model, rows):
@@ -142,7 +166,7 @@ def pack_linears(model, rows):
     """
     if not torch.backends.mkldnn.is_available():
         return
-    is_bfloat16 = model.lm_head.weight.dtype == torch.bfloat16
+    is_bfloat16 = next(model.parameters()).dtype == torch.bfloat16
     if is_bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return
     # a list of all linear layers would keep every weight twice

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from runtime.console import note
-from runtime.originals import is_torchs, is_unchanged
+from runtime.originals import has_global_hook, is_torchs, is_unchanged
 
 # where model.py has a part with a faster form, by the name of the attribute
 PLACES = {'loss_head': 'LossHead', 'attention': 'Attention'}
@@ -146,7 +146,8 @@ class Attention(nn.Module):
         if type(dropout) is nn.Dropout and dropout.training:
             dropout_p = dropout.p
         is_slow = dropout_p or T <= 1024 and q.dtype == torch.bfloat16 and q.requires_grad
-        is_known = flash and type(dropout) is nn.Dropout and was_unchanged(self.plain, 'Attention')
+        is_known = flash and type(dropout) is nn.Dropout and q.shape == k.shape == v.shape
+        is_known = is_known and was_unchanged(self.plain, 'Attention')
         if q.device.type != 'cpu' or not is_slow or not is_known:
             return self.plain(q, k, v, dropout, flash)
         mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
@@ -257,7 +258,7 @@ class LossHead(nn.Module):
             dtype = torch.get_autocast_dtype(device_type)
         if (self.gives_logits or torch.compiler.is_compiling() or dtype not in DTYPES
                 or not is_unchanged(lm_head, 'Linear') or lm_head.bias is not None
-                or not is_unchanged(self.plain, 'LossHead')
+                or not is_unchanged(self.plain, 'LossHead') or has_global_hook()
                 or targets.numel() * lm_head.out_features <= 2 ** 22):
             logits, loss = self.plain(lm_head, x, targets)
             return (logits if self.gives_logits else None), loss

@@ -82,10 +82,13 @@ def has_same_logits(model, idx):
     """Whether the model gives the same logits with a cache, for random tokens in a full context.
 
     Less would not show an attention that sees only the last 512 tokens. The verdict is kept until
-    a weight or a method changes. The tolerance is above what rounding does.
+    a weight, a method or a number in a module changes. The tolerance is above what rounding does.
     """
     parts = [(type(module).forward, vars(module).get('forward')) for module in model.modules()]
-    parts += [p.is_inference() or p._version for p in model.parameters()]
+    parts += [(id(t), t.is_inference() or t._version)
+              for t in (*model.parameters(), *model.buffers())]
+    parts += [(name, value) for module in model.modules() for name, value in vars(module).items()
+              if isinstance(value, (bool, int, float, str)) and name != 'training']
     parts_before, verdict = verdicts.get(model, (None, None))
     if parts == parts_before:
         return verdict
@@ -103,10 +106,16 @@ def has_same_logits(model, idx):
 
 @torch.no_grad()
 def compare_logits(model, idx):
-    """has_same_logits(), for a model that is in eval mode: the prompt, then three tokens."""
+    """has_same_logits(), for a model that is in eval mode: a long prompt, then three tokens.
+
+    All tokens of a small vocabulary come, because some may mean something to a changed model. So
+    does the end of the prompt idx.
+    """
     T, V = model.config.block_size, model.config.vocab_size
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(V, (1, T), generator=generator).to(idx.device)
+    tokens = torch.randperm(V, generator=generator).repeat(T // V + 1)[None, :T].to(idx.device)
+    prompt = idx[:1, -(T // 2):]
+    tokens[:, T - prompt.size(1):] = prompt
     cached_model = CachedModel(model, T, static=idx.is_cuda)
     idx_next = tokens[:, :max(1, T - 3)]
     for n in range(idx_next.size(1), T + 1):
@@ -265,5 +274,6 @@ class CachedModel:
         When the context is full, every token moves to another position with each new one. With
         learned positions all keys and values change then. Rotary positions don't need that.
         """
-        is_too_long = self.cache.length + T > self.model.config.block_size
-        return is_too_long and not getattr(self.model, 'rope_base', 0)
+        has_table = any(isinstance(part, ContinuedPositions) for _, _, part in self.parts)
+        slides = getattr(self.model, 'rope_base', 0) and not has_table
+        return not slides and self.cache.length + T > self.model.config.block_size

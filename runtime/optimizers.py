@@ -24,7 +24,8 @@ def specialize(optimizer, optim, moments_dtype, momentum, model):
         fail(f'optim={optim} and moments_dtype={moments_dtype} take the place of AdamW, but '
              f'configure_optimizers returns {type(optimizer).__name__}',
              'use --optim=adamw --moments_dtype=float32')
-    groups = [dict(group) for group in optimizer.param_groups]
+    groups = [{key: value for key, value in group.items() if key not in ('foreach', 'fused')}
+              for group in optimizer.param_groups]
     options = {key: optimizer.defaults[key] for key in ('lr', 'betas', 'eps')}
     if optim == 'muon':
         matrices = {p for p in model.transformer.h.parameters() if p.dim() >= 2}
@@ -226,7 +227,8 @@ def clip_and_step(optimizer, scaler, grad_clip):
     limit = grad_clip or math.inf
     local_optim = get_local_optimizer(optimizer)
     can_skip = getattr(local_optim, '_step_supports_amp_scaling', False)
-    can_skip = can_skip and norm.device.type != 'mps'
+    # torch's fused SGD takes momentum from memory that a skipped first update didn't write to
+    can_skip = can_skip and norm.device.type != 'mps' and type(local_optim) is not torch.optim.SGD
     if scaler.is_enabled() or not can_skip:
         # a GradScaler skips bad updates itself; for an optimizer that can't, the host waits
         params = [p for group in optimizer.param_groups for p in group['params']]

@@ -115,10 +115,12 @@ def format_iter(iter_num, loss, dt, mfu, config, seconds_left):
 
 # -----------------------------------------------------------------------------
 # the end
-def print_end(out_dir, path, iter_num, finished, eval_only, stop_signal, bad_steps, ranks):
+def print_end(out_dir, path, iter_num, finished, eval_only, stop_signal, has_failed, bad_steps,
+              ranks):
     """Prints how the run ended and what to do next, and returns the exit status.
 
-    path is the newest checkpoint, or None if it could not be saved.
+    path is the newest checkpoint, or None if it could not be saved. has_failed: the run
+    ended because of bad_steps updates in a row.
     """
     status = 1
     if finished:
@@ -146,6 +148,9 @@ def print_end(out_dir, path, iter_num, finished, eval_only, stop_signal, bad_ste
             command = 'the same command with --init_from=resume'
         say(f'stopped by {signal.Signals(stop_signal).name} after {iter_num} iterations; '
             f'saved {path}; to continue: {command}')
+    elif not has_failed:  # somebody has left the loop by a way of their own
+        say(f'stopped after {iter_num} iterations; saved {path}')
+        status = 0
     else:
         report_error(f'{bad_steps} updates in a row had a gradient that is not finite; '
                      f'the weights before them are in {path}',

@@ -6,10 +6,12 @@ from dataclasses import MISSING, fields
 import torch
 from torch.overrides import TorchFunctionMode
 
-from runtime.console import fail, get_first_line, say
+from runtime.console import fail, get_first_line, say, warn
 from runtime.distributed import get_local_optimizer, shard_like
 from runtime.optimizers import LowMemoryAdamW, Muon
 
+# options of an optimizer that say how it computes on a device, not what
+HOW = 'foreach', 'fused', 'capturable', 'differentiable'
 # the settings for model options that nanoGPT's model doesn't have, and their defaults
 OPTIONS = dict(rope_base=0.0, qk_norm=False, relu2=False, tied=True, bigrams=0, embd_conv=0)
 
@@ -19,7 +21,11 @@ def build_model(model_class, config_class, state, path, dropout=0.0, dtype=torch
 
     The weights are copied out of the file, which may change or disappear.
     """
-    weights = {name: tensor.to(dtype, copy=True) for name, tensor in state['model'].items()}
+    tensors = {id(tensor): tensor for tensor in state['model'].values()}  # tied weights once
+    for key, tensor in tensors.items():
+        kind = dtype if tensor.is_floating_point() else tensor.dtype
+        tensors[key] = tensor.to(kind, copy=True)
+    weights = {name: tensors[id(tensor)] for name, tensor in state['model'].items()}
     try:
         args = {**state['model_args'], 'dropout': dropout}
         if state.get('gelu', 'none') != 'none':
@@ -30,16 +36,18 @@ def build_model(model_class, config_class, state, path, dropout=0.0, dtype=torch
         return assemble(model_class, config_class(**args), weights)
     except (AssertionError, TypeError, ValueError, RuntimeError) as e:
         reason = ' '.join(str(e).split())[:300]  # load_state_dict names the weights in later lines
-        fail(f'{path} is not a readable checkpoint: {reason}', 'use another one')
+        fail(f'{path} is not a readable checkpoint: {reason}',
+             'use the model.py that made it, or another checkpoint')
 
 
 def check_types(args, config_class):
     """ValueError if an argument isn't a field of the config, or has another type."""
-    kinds = {field.name: type(field.default) for field in fields(config_class)
-             if field.default is not MISSING}
+    kinds = {field.name: type(field.default) for field in fields(config_class)}
     for key, value in args.items():
         kind = kinds.get(key)
         allowed_types = (float, int) if kind is float else (kind,)
+        if kind in (type(MISSING), type(None)):  # the field has no default that tells its type
+            allowed_types = (bool, int, float, str, type(None))
         if type(value) not in allowed_types and not (key == 'bias' and kind):
             raise ValueError(f'this model has no option {key} of type {type(value).__name__}')
 
@@ -72,9 +80,10 @@ def load_pretrained(model_class, init_from, dropout=0.0, dtype=torch.float32):
 def assemble(model_class, config, weights):
     """model_class(config) with these tensors as its weights, without a copy.
 
-    Nothing is initialized to be overwritten. RuntimeError if names or shapes don't fit.
+    Nothing is initialized to be overwritten. RuntimeError if names or shapes don't fit. What the
+    model computes when it is built, like a table of sines, is computed.
     """
-    with torch.device('meta'), SkipInit():
+    with SkipInit():
         model = model_class(config)
     names_by_id = {}  # one tensor may have several names
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -82,13 +91,15 @@ def assemble(model_class, config, weights):
     model.load_state_dict(weights, assign=True)
     for first_name, *other_names in names_by_id.values():
         for name in other_names:
+            if not torch.equal(weights[first_name], weights[name]):
+                raise RuntimeError(f'{name} is {first_name} in this model, but not in the file')
             module, _, attribute = name.rpartition('.')
             setattr(model.get_submodule(module), attribute, model.get_parameter(first_name))
     return model
 
 
 class SkipInit(TorchFunctionMode):
-    """Skips the functions of nn.init, which on meta tensors only import torch._dynamo, for 1 s."""
+    """Skips the functions of nn.init. The memory of a tensor that nothing writes to isn't taken."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, '__module__', None) == 'torch.nn.init':
@@ -114,20 +125,27 @@ def load_optimizer(optimizer, scaler, checkpoint, path, config):
     computed on a device, not what it is. If block_size has cut the table of positions, its moments
     are cut, too.
     """
-    if 'scaler' in checkpoint:
+    if checkpoint.get('scaler'):  # it is empty if the scaler was off
         scaler.load_state_dict(checkpoint['scaler'])
     state = checkpoint.get('optimizer')
-    if state is None:
-        fail(f'{path} has no optimizer state', 'you can sample from it, but not resume it')
+    if not state:
+        return warn(f'{path} has no optimizer state, so the optimizer begins with none')
     local_optim = get_local_optimizer(optimizer)
+    name = get_optimizer_name(optimizer)
+    saved_name = checkpoint.get('optimizer_name', name)
+    if saved_name != name:
+        fail(f'{path} has the state of {saved_name}, but the optimizer is {name}',
+             'use the optimizer of that run, or another checkpoint')
     is_known = type(local_optim) in (torch.optim.AdamW, LowMemoryAdamW, Muon)
-    if not is_known or optimizer.param_groups[0].get('amsgrad'):
-        return load_other_optimizer(optimizer, state, path)
+    if not is_known or any(group.get('amsgrad') for group in optimizer.param_groups):
+        sizes = checkpoint['model_args']['block_size'], config['block_size']
+        return load_other_optimizer(optimizer, state, path, sizes)
     params = [p for group in optimizer.param_groups for p in group['params']]
     local_params = {p for group in local_optim.param_groups for p in group['params']}
     muon_params = {p for group in optimizer.param_groups if 'momentum' in group
                    for p in group['params']}
     moments_dtype = getattr(local_optim, 'moments_dtype', torch.float32)
+    groups = [dict(group) for group in optimizer.param_groups]
     try:
         if len(state['param_groups']) != len(optimizer.param_groups):
             raise ValueError('it is of another --optim')
@@ -137,7 +155,9 @@ def load_optimizer(optimizer, scaler, checkpoint, path, config):
             group['betas'] = (beta1, beta2)
             if 'momentum' in group:
                 group['momentum'] = float(saved_group['momentum'])
-        for i, p in enumerate(params if state['state'] else []):  # empty before the first update
+        for i, p in enumerate(params):
+            if i not in state['state']:  # the weight had no gradient until now
+                continue
             moments = {key: value[:len(p)] if value.dim() else value
                        for key, value in state['state'][i].items()}
             shapes = {'step': (), 'exp_avg': p.shape, 'exp_avg_sq': p.shape}
@@ -159,52 +179,68 @@ def load_optimizer(optimizer, scaler, checkpoint, path, config):
     if moments_dtype == torch.bfloat16 and beta2 > 0.99:
         fail(f'moments in bfloat16 stand still with beta2={beta2}, which {path} has',
              'use --moments_dtype=float32')
-    print_overruled(optimizer, config)
+    print_overruled(optimizer, groups)
 
 
-def load_other_optimizer(optimizer, state, path):
+def get_optimizer_name(optimizer):
+    """The name for a checkpoint. AdamW may continue with moments of another dtype."""
+    name = type(get_local_optimizer(optimizer)).__name__.removeprefix('LowMemory')
+    if any(group.get('amsgrad') for group in optimizer.param_groups):
+        name += ' with amsgrad'
+    return name
+
+
+def load_other_optimizer(optimizer, state, path, sizes):
     """load_optimizer() for an optimizer that somebody has put into configure_optimizers.
 
     It goes by the optimizer's own load_state_dict(), which takes the settings of its groups, too.
+    sizes are the block_size of the checkpoint and of this run.
     """
+    if 'state' not in state:  # it has a form of its own
+        return optimizer.load_state_dict(state)
     groups = [dict(group) for group in optimizer.param_groups]
     params = [p for group in groups for p in group['params']]
     try:
         states = {}
         for i, values in state['state'].items():
-            states[i] = {key: fit_value(value, params[i]) for key, value in values.items()}
+            states[i] = {key: fit_value(value, params[i], *sizes) for key, value in values.items()}
         optimizer.load_state_dict({**state, 'state': states})
+        for i, values in states.items():  # torch casts all to the dtype of the weight
+            for key, value in values.items():
+                if isinstance(value, torch.Tensor) and hasattr(optimizer, 'state'):
+                    values_by_key = optimizer.state[params[i]]
+                    values_by_key[key] = values_by_key[key].to(value.dtype)
         for old_group, group in zip(groups, optimizer.param_groups):
             missing_keys = set(old_group) - set(group)
             if missing_keys:
                 raise ValueError(f'it has no {", ".join(sorted(missing_keys))}')
-            for key in ('foreach', 'fused', 'capturable'):  # how it is computed here, not what
+            for key in HOW:
                 if key in old_group:
                     group[key] = old_group[key]
     except Exception as e:  # it may have anything in it
         fail(f'the optimizer state in {path} does not fit {type(optimizer).__name__} '
              f'({get_first_line(e)})', 'use the optimizer of that run, or another checkpoint')
+    print_overruled(optimizer, groups)
 
 
-def fit_value(value, parameter):
+def fit_value(value, parameter, saved_block_size, block_size):
     """A copy of a value in the optimizer's state, cut and sharded as its parameter is."""
     if not isinstance(value, torch.Tensor):
         return value
-    if value.dim() == parameter.dim() > 0 and value.shape[1:] == parameter.shape[1:]:
-        value = value[:len(parameter)]  # block_size has cut the table of positions
+    is_cut = block_size < saved_block_size and parameter.shape[:1] == (block_size,)
+    if is_cut and value.shape == (saved_block_size, *parameter.shape[1:]):
+        value = value[:block_size]  # of the table of positions
     value = value.clone()  # the file may change or disappear
     return shard_like(value, parameter) if value.shape == parameter.shape else value
 
 
-def print_overruled(optimizer, config):
-    """Prints which settings of the optimizer come from the checkpoint instead of the config."""
-    group = optimizer.param_groups[0]
-    momentum = optimizer.param_groups[-1].get('momentum')
-    config_values = config['weight_decay'], (config['beta1'], config['beta2'])
-    values = group['weight_decay'], group['betas']
-    if values == config_values and momentum in (None, config['momentum']):
-        return
-    text = f'weight_decay={group["weight_decay"]}, betas={group["betas"]}'
-    if momentum is not None:
-        text += f', momentum={momentum}'
-    say(f'{text} come from the checkpoint, not from the settings')
+def print_overruled(optimizer, groups):
+    """Prints which options of the optimizer's groups had other values before it was loaded."""
+    values = {}
+    for old_group, group in zip(groups, optimizer.param_groups):
+        for key in group:
+            if key not in ('params', 'lr', 'initial_lr', *HOW) and group[key] != old_group.get(key):
+                values[key] = group[key]
+    if values:
+        text = ', '.join(f'{key}={value}' for key, value in values.items())
+        say(f'{text} come from the checkpoint, not from the settings')

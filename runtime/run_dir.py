@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import torch
 
 from runtime import checkpoint
@@ -85,7 +86,7 @@ class RunDir:
 
     def log(self, **event):
         """Appends the event to metrics.jsonl, as one line of JSON."""
-        line = json.dumps(event).encode() + b'\n'
+        line = json.dumps(event, default=float).encode() + b'\n'  # of tensors and numpy's numbers
         try:
             with open(os.path.join(self.path, METRICS), 'ab+') as f:
                 if f.tell():
@@ -107,6 +108,7 @@ class RunDir:
         isn't a copy will change, so save() then waits, and doesn't keep it for another try.
         """
         self.wait()
+        state = copy_extras(state)
         self.newest_name = BEST if is_best else LAST
         if is_best:
             self.pending_states.pop(LAST, None)  # it is older
@@ -135,7 +137,7 @@ class RunDir:
                 if name == BEST and self.saved_iters.get(LAST, 0) <= state['iter_num']:
                     checkpoint.remove_last(self.path)
                 del self.pending_states[name]
-            except (OSError, RuntimeError) as e:
+            except (OSError, RuntimeError, ValueError) as e:
                 while e.__context__:  # torch's writer hides the system's error behind its own
                     e = e.__context__
                 warn(f'{name} could not be saved in {self.path} ({get_first_line(e)}); '
@@ -158,6 +160,33 @@ class RunDir:
         if self.newest_name in self.pending_states:
             return None
         return os.path.join(self.path, self.newest_name)
+
+
+def copy_extras(state):
+    """The state, with copies of what somebody has added to it, in a form that can be read again.
+
+    Training would change tensors while they are written. Numbers of numpy become plain ones.
+    """
+    extras = {key: copy_value(value) for key, value in state.items()
+              if key not in ('model', 'optimizer')}
+    # of a part of the model that somebody has compiled
+    weights = {name.replace('_orig_mod.', ''): w for name, w in state['model'].items()}
+    return {**state, **extras, 'model': weights}
+
+
+def copy_value(value):
+    """A copy of nested values, with tensors on the CPU, and without types of numpy."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to('cpu', copy=True)
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {copy_value(key): copy_value(item) for key, item in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(copy_value(item) for item in value)
+    return value
 
 
 def move_earlier_run(out_dir):

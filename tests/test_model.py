@@ -41,6 +41,7 @@ def make_model(**options):
 def without_runtime(monkeypatch):
     """As where model.py was copied to: there is no module runtime."""
     monkeypatch.setitem(sys.modules, 'runtime', None)
+    monkeypatch.setitem(sys.modules, 'runtime.inference', None)
 
 
 # -----------------------------------------------------------------------------
@@ -185,7 +186,7 @@ def test_the_plain_loop_has_the_tokens_of_the_cache(bias, monkeypatch):
     model, prompt = make_model(bias=bias), torch.randint(50, (3, 5))
     cached, steps, forward = model.generate(prompt, 30, temperature=0), [], model.forward
     monkeypatch.setattr(model, 'forward', lambda idx: steps.append(idx.size(1)) or forward(idx))
-    monkeypatch.setitem(sys.modules, 'runtime', None)
+    monkeypatch.setitem(sys.modules, 'runtime.inference', None)
     plain = model.generate(prompt, 30, temperature=0)
     assert steps == [min(t, 16) for t in range(5, 35)]  # it was the plain loop
     assert torch.equal(cached, plain)
@@ -209,6 +210,7 @@ def test_frequencies_of_the_plain_loop(without_runtime):
 @pytest.mark.parametrize('runtime', [None, types.ModuleType('other')])
 def test_without_our_runtime_its_options_are_an_error(runtime, monkeypatch):
     monkeypatch.setitem(sys.modules, 'runtime', runtime)  # none, or that of another project
+    monkeypatch.delitem(sys.modules, 'runtime.inference')
     model, prompt = make_model(), torch.zeros(1, 1, dtype=torch.long)
     assert model.generate(prompt, 3, temperature=0.5, top_k=2).shape == (1, 4)
     with pytest.raises(TypeError, match='top_p'):

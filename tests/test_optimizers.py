@@ -342,7 +342,7 @@ def test_a_run_cannot_change_its_optimizer(char_data, tmp_path):
     args = [*TINY, f'--dataset={char_data}', f'--out_dir={tmp_path}']
     run('train.py', *args, '--max_iters=2')
     out = run('train.py', *args, '--max_iters=4', '--init_from=resume', '--optim=muon', ok=False)
-    assert 'it is of another --optim' in out.stderr and len(out.stderr.splitlines()) == 1
+    assert 'but the optimizer is' in out.stderr and len(out.stderr.splitlines()) == 1
 
 
 def test_a_run_continues_with_its_momentum(char_data, tmp_path):
