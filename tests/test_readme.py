@@ -1,4 +1,5 @@
 """The pages: the commands, files, links and settings that they name exist; their form."""
+import ast
 import glob
 import os
 import re
@@ -41,6 +42,14 @@ def commands():
                     yield page, shlex.split(re.split(r'\s{3,}', command)[0])
 
 
+def list_additions(page):
+    """The settings and files that the page's own examples add: {name: default}, {path}."""
+    blocks = ''.join(re.findall(r'```diff\n(.*?)```', read(page), re.S))
+    settings = {name: ast.literal_eval(value)
+                for name, value in re.findall(r"^\+(\w+) = ('\w*'|[\w.-]+)", blocks, re.M)}
+    return settings, set(re.findall(r'A new file, `([^`]+)`', read(page)))
+
+
 def name_of(value):
     return value if isinstance(value, str) else ' '.join(value)[:80]
 
@@ -53,9 +62,12 @@ def test_a_command(page, words):
             check_pytest(words[3:])
         return
     script = next(w for w in words if w.endswith('.py'))
+    new_settings, new_files = list_additions(page)
+    if script in new_files:
+        return
     assert os.path.isfile(os.path.join(ROOT, script)), script
     # the flags of a script without settings are train.py's
-    settings = settings_of(script) or settings_of('train.py')
+    settings = {**(settings_of(script) or settings_of('train.py')), **new_settings}
     for word in words[words.index(script) + 1:]:
         if word.startswith('--'):
             name = word[2:].partition('=')[0]
@@ -140,7 +152,7 @@ def test_settings_and_files_named_exist(page):
     text = read(page)
     every = {name for script in ('train.py', 'sample.py', 'bench.py', 'convert.py', 'plot.py',
                                  'data/text/prepare.py', 'data/openwebtext/prepare.py')
-             for name in settings_of(script)}
+             for name in settings_of(script)} | list_additions(page)[0].keys()
     for name in re.findall(r'`--(\w+)[=`]', text):
         assert name in every or name in ('help', 'key'), name
     for path in re.findall(r'\b(?:config|runtime|recipes|tests|docs)/\w+\.\w+', text):
