@@ -6,14 +6,14 @@ it is in ckpt_last.pt.
 """
 import contextlib
 import errno
+import math
 import os
-import pickletools
-import re
 import zipfile
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 
 import torch
 
+from runtime import pickles
 from runtime.console import fail, get_first_line, warn
 from runtime.dataset import check_vocabulary, is_gpt2_vocabulary, locate_data
 from runtime.tokenizer import check_meta, read_meta
@@ -23,14 +23,12 @@ LAST = 'ckpt_last.pt'
 
 # the fields of nanoGPT's model_args
 NANOGPT_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
-# what the pickle in a checkpoint may name. It is less than what weights_only allows: only tensors
-GLOBALS = re.compile(r'collections OrderedDict|torch Size|torch\._utils _rebuild_(tensor_v2|'
-                     r'parameter)|torch \w+Storage|torch\.storage UntypedStorage')
 # the state of a GradScaler
-SCALER = {'scale': 1.0, 'growth_factor': 1.0, 'backoff_factor': 1.0, 'growth_interval': 1,
-          '_growth_tracker': 1}
-TYPES = {'model': dict, 'model_args': dict, 'optimizer': dict, 'config': dict, 'scaler': dict,
-         'iter_num': int, 'wandb_id': str, 'gelu': str, 'finished': bool}
+SCALER = {'scale': float, 'growth_factor': float, 'backoff_factor': float, 'growth_interval': int,
+          '_growth_tracker': int}
+# another program may have other things by these names, which are left out
+TYPES = {'model': dict, 'model_args': dict, 'config': dict, 'optimizer': (dict, list),
+         'optimizer_name': str, 'scaler': dict, 'wandb_id': str, 'finished': bool}
 
 
 # -----------------------------------------------------------------------------
@@ -47,6 +45,8 @@ def save(state, out_dir, is_best=True):
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())
+        with zipfile.ZipFile(temp_path) as archive:
+            check_pickle(archive)  # somebody may have put in what could never be read again
         os.replace(temp_path, path)
     finally:
         if os.path.exists(temp_path):  # on a full disk this makes room for the next try
@@ -72,13 +72,15 @@ def describe(config, meta):
     is the dataset's table of characters or None: with it a checkpoint can be sampled from without
     its dataset.
     """
-    defaults = {field.name: field.default for field in fields(config)}
+    defaults = {}
+    if is_dataclass(config):
+        defaults = {field.name: field.default for field in fields(config)}
     args = {key: value for key, value in vars(config).items()
             if key in NANOGPT_ARGS or key != 'gelu' and value != defaults.get(key)}
     description = dict(model_args=args)
     if meta:
         description['meta'] = meta
-    if config.gelu != 'none':
+    if getattr(config, 'gelu', 'none') != 'none':
         description['gelu'] = config.gelu
     return description
 
@@ -135,7 +137,7 @@ def load(path):
     try:
         check_archive(path)
         state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        check_state(state)
+        state = make_plain(state, path)
         state['model'] = rename_weights(state['model'], state['model_args'])
         num_bytes = count_bytes(state.get('optimizer'), set())
         for tensor in state['model'].values():  # one that has several names is copied for each
@@ -153,53 +155,97 @@ def load(path):
 
 
 def check_archive(path):
-    """ValueError if the file is damaged, is compressed or names anything but tensors."""
+    """ValueError if the file is damaged, is compressed or has more than tensors and values."""
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type for entry in archive.infolist()):
             raise ValueError('it is compressed, which torch never does')
         damaged_entry = archive.testzip()
         if damaged_entry:
             raise ValueError(f'{damaged_entry} in it is damaged')
-        pickle_name = next(name for name in archive.namelist() if name.endswith('/data.pkl'))
-        pickled = archive.read(pickle_name)
-    for opcode, arg, _ in pickletools.genops(pickled):
-        is_code = opcode.name == 'GLOBAL' and not GLOBALS.fullmatch(arg)
-        if is_code or opcode.name == 'STACK_GLOBAL':
-            raise ValueError(f'it asks for {arg}, and data needs no code')
+        check_pickle(archive)
 
 
-def check_state(state):
-    """ValueError unless the dict has what a checkpoint needs, with values of the right type."""
-    missing_keys = {'model', 'model_args', 'iter_num'} - set(state)
+def check_pickle(archive):
+    """Raises an exception if the archive's pickle has anything but tensors and plain values."""
+    pickle_name = next(name for name in archive.namelist() if name.endswith('/data.pkl'))
+    pickles.check(archive.read(pickle_name))
+
+
+def make_plain(state, path):
+    """A checkpoint's dict with plain values. nanoGPT's forks leave out some, or write other types.
+
+    What is missing or can't be used gets a default, and one line says so. ValueError if that would
+    make another model or another run.
+    """
+    if not isinstance(state, dict):
+        raise ValueError('it is not a dict')
+    plain_state = {}
+    for key, value in state.items():
+        if value is not None and isinstance(value, TYPES.get(key, object)):
+            plain_state[key] = dict(value) if isinstance(value, dict) else value
+    missing_keys = {'model', 'model_args'} - plain_state.keys()
     if missing_keys:
         raise ValueError(f'it has no {" or ".join(sorted(missing_keys))}')
-    for key, kind in TYPES.items():
-        if key in state and not isinstance(state[key], kind):
-            raise ValueError(f'its {key} is not a {kind.__name__}')
-    if not 0 <= state['iter_num'] < 2 ** 63:
-        raise ValueError('its iter_num is out of range')
-    if state.get('gelu', 'none') not in ('none', 'tanh'):
-        raise ValueError(f'its gelu is {state["gelu"]!r}')
-    scaler = state.get('scaler', SCALER)
-    if any(type(scaler.get(key)) is not type(value) for key, value in SCALER.items()):
-        raise ValueError('its scaler state is invalid')
-    if 'best_val_loss' in state:
-        state['best_val_loss'] = float(state['best_val_loss'])  # nanoGPT's is a tensor
-    if 'meta' in state:
-        check_meta(state['meta'])
+    defaults = {'iter_num': 0, 'best_val_loss': math.inf, 'config': {}}
+    unusable_keys = [key for key in defaults if key not in plain_state]
+    readers = {'best_val_loss': read_number, 'meta': read_table, 'scaler': read_scaler}
+    for key in [key for key in readers if key in plain_state]:
+        try:
+            plain_state[key] = readers[key](plain_state[key])
+        except Exception:  # it may be anything
+            unusable_keys.append(key)
+            del plain_state[key]
+    if unusable_keys:
+        text = ', '.join(f'{key}={defaults.get(key)}' for key in unusable_keys)
+        warn(f'{path} is incomplete: it is read with {text}')
+    plain_state = {**defaults, **plain_state}
+    iter_num = read_number(plain_state['iter_num'])
+    if not 0 <= iter_num < 2 ** 63 or iter_num != int(iter_num):
+        raise ValueError('its iter_num is not a whole number from 0 to 2**63 - 1')
+    if plain_state.get('gelu', 'none') not in ('none', 'tanh'):
+        raise ValueError('its gelu is neither none nor tanh')
+    return {**plain_state, 'iter_num': int(iter_num)}
+
+
+def read_number(value):
+    """A number, or that in a tensor; ValueError if it is something else."""
+    if isinstance(value, torch.Tensor):
+        value = value.item()
+    if type(value) not in (int, float):
+        raise ValueError(f'it has a {type(value).__name__} in place of a number')
+    float(value)  # raises if it is too large
+    return value
+
+
+def read_table(meta):
+    """A dataset's meta dict, with plain tables."""
+    check_meta(meta)
+    return {key: meta[key] for key in ('vocab_size', 'dtype', 'stoi', 'itos') if key in meta}
+
+
+def read_scaler(state):
+    """The state of a GradScaler, which is empty if it was off, with values of the right type."""
+    return {key: kind(read_number(state[key])) for key, kind in SCALER.items() if state}
 
 
 def rename_weights(weights, model_args):
     """The weights without the prefixes that torch.compile and DDP put before their names."""
     plain_weights = {}
     for name, tensor in weights.items():
-        while name.startswith(('_orig_mod.', 'module.')):
-            name = name.partition('.')[2]
-        if not name.endswith('.attn.bias'):  # old versions saved the causal mask as a weight
+        name = name.replace('_orig_mod.', '').removeprefix('module.')
+        # old versions of nanoGPT saved the causal mask (1, 1, T, T) as a weight
+        if not (name.endswith('.attn.bias') and tensor.dim() == 4 and tensor.size(1) == 1):
             plain_weights[name] = tensor
-    if model_args.get('tied', True):
-        wte = plain_weights.get('transformer.wte.weight')
-        plain_weights['lm_head.weight'] = wte
+    wte = plain_weights.get('transformer.wte.weight')
+    has_head = any(name.startswith('lm_head.') for name in plain_weights)
+    is_tied = model_args.get('tied', True) and (not has_head or 'lm_head.weight' in plain_weights)
+    if wte is not None and is_tied:
+        lm_head = plain_weights.setdefault('lm_head.weight', wte)
+        if lm_head.data_ptr() == wte.data_ptr():
+            plain_weights['lm_head.weight'] = wte  # one tensor, which is copied once
+    for option in ('qk_norm', 'relu2'):  # older checkpoints don't have these marks, see model.py
+        if model_args.get(option):
+            plain_weights.setdefault(option, torch.ones(()))
     return plain_weights
 
 
@@ -223,11 +269,13 @@ def count_bytes(value, seen_ids):
 def check_sizes(model_args, shapes):
     """ValueError if the arguments ask for a larger or deeper model than {name: shape} has."""
     max_size = max((n for shape in shapes.values() for n in shape), default=0)
-    num_layers = min(1000, sum(str(name).endswith('.ln_1.weight') for name in shapes))
+    num_layers = min(1000, len(shapes))  # a layer has at least one weight
     for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'bigrams', 'embd_conv'):
         is_optional = key in ('bigrams', 'embd_conv')
         n = model_args.get(key, 0 if is_optional else None)
         limit = num_layers if key == 'n_layer' else max_size
+        if key == 'block_size' and 'transformer.wpe.weight' not in shapes:
+            limit = 2 ** 24  # no weight depends on it
         if type(n) is not int or not (0 if is_optional else 1) <= n <= limit:
             value_text = n if type(n) is int else type(n).__name__
             raise ValueError(f'{key}={value_text} does not fit its weights')

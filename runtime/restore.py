@@ -21,11 +21,10 @@ def build_model(model_class, config_class, state, path, dropout=0.0, dtype=torch
 
     The weights are copied out of the file, which may change or disappear.
     """
-    tensors = {id(tensor): tensor for tensor in state['model'].values()}  # tied weights once
-    for key, tensor in tensors.items():
+    weights = {}
+    for name, tensor in state['model'].items():
         kind = dtype if tensor.is_floating_point() else tensor.dtype
-        tensors[key] = tensor.to(kind, copy=True)
-    weights = {name: tensors[id(tensor)] for name, tensor in state['model'].items()}
+        weights[name] = tensor.to(kind, copy=True)
     try:
         args = {**state['model_args'], 'dropout': dropout}
         if state.get('gelu', 'none') != 'none':

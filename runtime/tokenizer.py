@@ -3,9 +3,10 @@ Tokenizers: from text to token ids and back, by a dataset's table of characters 
 """
 import ast
 import codecs
+import collections
 import os
-import pickle
 import pickletools
+import struct
 
 import numpy as np
 
@@ -21,7 +22,7 @@ class CharTokenizer:
     def __init__(self, meta):
         self.stoi = meta['stoi']
         self.itos = meta['itos']
-        self.vocab_size = len(self.itos)  # the model's may be larger, padded
+        self.vocab_size = max(self.itos, default=-1) + 1  # the model's may be larger, padded
 
     def encode(self, text):
         """Token ids (list of int) of the text; fails on a character without an id."""
@@ -36,8 +37,8 @@ class CharTokenizer:
         return self.decode(ids).encode('utf-8')
 
     def decode(self, ids):
-        """The text of token ids (list of int)."""
-        return ''.join([self.itos[i] for i in ids])
+        """The text of token ids (list of int); an id without a character becomes U+FFFD."""
+        return ''.join([self.itos.get(i, '\ufffd') for i in ids])
 
 
 class GPT2Tokenizer:
@@ -141,7 +142,8 @@ def count_mean_bytes(tokens, meta):
     if meta and 'itos' not in meta:
         return None
     if meta:
-        lengths = [len(meta['itos'][i].encode('utf-8')) for i in range(len(meta['itos']))]
+        ids = range(CharTokenizer(meta).vocab_size)
+        lengths = [len(meta['itos'].get(i, '').encode('utf-8')) for i in ids]
     else:
         try:
             import tiktoken
@@ -154,20 +156,83 @@ def count_mean_bytes(tokens, meta):
     return sum(int(lengths[tokens[i:i + 2 ** 22]].sum()) for i in pieces) / len(tokens)
 
 
-# the pickle operations that make numbers, texts, lists and dicts. Operations that name a class or
-# call a function are not in this set, so no code can run. Tuples are not in it either: a million
-# of them inside one another overflow the stack when they are hashed
-PLAIN_OPCODES = set("""
-    PROTO FRAME MARK STOP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT
-    BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8
-    EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM SETITEMS PUT BINPUT LONG_BINPUT MEMOIZE
-    GET BINGET LONG_BINGET""".split())
+# the pickle operations that a meta.pkl may have: those that make a value, and a list
+VALUES = set("""
+    NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING
+    BINSTRING SHORT_BINSTRING UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 BINBYTES
+    SHORT_BINBYTES BINBYTES8""".split())
+LISTS = 'EMPTY_LIST EMPTY_TUPLE EMPTY_SET LIST TUPLE FROZENSET TUPLE1 TUPLE2 TUPLE3'.split()
+# those that take all items since the last mark from the stack, and those that take so many
+MARKED = 'LIST TUPLE FROZENSET DICT APPENDS ADDITEMS SETITEMS'.split()
+COUNTS = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3, 'APPEND': 1, 'SETITEM': 2, 'STACK_GLOBAL': 2,
+          'REDUCE': 2, 'BUILD': 1}
+NUMBERS = dict(zip('b1 i1 i2 i4 i8 u1 u2 u4 u8 f4 f8'.split(), '?bhiqBHIQfd'))  # numpy's, struct's
+
+
+def unpack_scalar(name, data):
+    """numpy's number or text in these bytes, of a dtype named 'i8', or 'U7' for 7 characters."""
+    if name in NUMBERS:
+        return struct.unpack('<' + NUMBERS[name], data)[0]  # raises at another length
+    if not name.startswith('U') or not len(data) == 4 * int(name[1:]) <= 256:
+        raise ValueError(f'it has {name[:20]} of numpy with {len(data)} bytes')
+    return data.decode('utf-32-le')
+
+
+# all names that a pickle may call, and what is called instead. Nothing long is copied, as many
+# copies would fill the memory: text that stands for bytes is cut, a set's items stay their list
+FUNCTIONS = {
+    'numpy.core.multiarray scalar': unpack_scalar, 'numpy._core.multiarray scalar': unpack_scalar,
+    '_codecs encode': lambda text, _: text[:256].encode('latin1'),
+    **dict.fromkeys(['numpy dtype', 'builtins set', 'builtins frozenset', '__builtin__ set',
+                     '__builtin__ frozenset'], lambda first=(), *flags: first)}
+
+
+def read_pickle(data):
+    """The dicts, lists, texts and numbers in a pickle; tuples and sets become lists.
+
+    Python doesn't read it, so nothing in it can run. Items whose key is no text or whole number are
+    left out: hashing a million tuples inside one another overflows the stack.
+    """
+    stack, marks, memo = [], [], {}
+    for opcode, arg, _ in pickletools.genops(data):
+        name = opcode.name
+        start = marks.pop() if name in MARKED else len(stack) - COUNTS.get(name, 0)
+        items = stack[start:]
+        del stack[start:]
+        arg = ' '.join(items) if name == 'STACK_GLOBAL' else arg
+        if name in VALUES:
+            stack.append(name == 'NEWTRUE' if name.startswith('NEW') else arg)
+        elif name in LISTS:
+            stack.append(items)
+        elif name in ('APPEND', 'APPENDS', 'ADDITEMS'):
+            stack[-1].extend(items)
+        elif name in ('EMPTY_DICT', 'DICT', 'SETITEM', 'SETITEMS'):
+            if name.endswith('DICT'):
+                stack.append({})
+            pairs = zip(items[::2], items[1::2])
+            stack[-1].update((key, value) for key, value in pairs if isinstance(key, (str, int)))
+        elif name == 'MARK':
+            marks.append(len(stack))
+        elif name.endswith('PUT') or name == 'MEMOIZE':
+            memo[len(memo) if arg is None else arg] = stack[-1]
+        elif name.endswith('GET') and arg in memo:
+            stack.append(memo[arg])
+        elif name.endswith('GLOBAL') and arg in FUNCTIONS:
+            stack.append(arg)
+        elif name == 'REDUCE' and items[0] in FUNCTIONS:
+            stack.append(FUNCTIONS[items[0]](*items[1]))
+        elif name == 'BUILD' and isinstance(stack[-1], str) and items[0][1] in ('<', '|'):
+            pass  # the rest of a dtype, which is its name here: only the byte order matters
+        elif name not in ('PROTO', 'FRAME', 'STOP'):
+            raise ValueError(f'data needs no code, it asks for {name} {str(arg or "")[:80]}'.rstrip())
+    return stack.pop()
 
 
 def check_meta(meta):
-    """Raises ValueError unless meta is a dict with a vocab_size and, if it has them, sound tables.
+    """Makes the tables in a dict from a stranger plain: itos {int: str}, stoi {str: int}.
 
-    stoi and itos must fit the vocab_size and each other.
+    ValueError unless these fit its vocab_size and each other. Ids may be without a character, and
+    several characters may have one id, that of an unknown one.
     """
     dtype = meta.get('dtype', 'uint16') if isinstance(meta, dict) else None
     max_vocab_size = {'uint16': 2 ** 16, 'uint32': 2 ** 24}.get(dtype, 0)
@@ -178,16 +243,19 @@ def check_meta(meta):
     if 'stoi' not in meta and 'itos' not in meta:
         return
     stoi, itos = meta.get('stoi'), meta.get('itos')
-    if isinstance(itos, list):
+    if isinstance(itos, (list, tuple)):
         itos = dict(enumerate(itos))
-    if not isinstance(stoi, dict) or not isinstance(itos, dict):
+    if not (isinstance(stoi, dict) and isinstance(itos, dict)):
         raise ValueError('its stoi and itos are not tables')
-    if stoi != {c: i for i, c in itos.items()}:
+    ids, tokens = (*itos, *stoi.values()), (*stoi, *itos.values())
+    is_plain = {*map(type, ids)} <= {int} and {*map(type, tokens)} <= {str}
+    if not is_plain or not all(0 <= i < vocab_size for i in ids):
+        raise ValueError(f'its tables are not of text and whole numbers from 0 to {vocab_size - 1}')
+    ''.join(tokens).encode('utf-8')  # raises unless all characters are whole
+    counts = collections.Counter(stoi.values())
+    if not all(i in itos and (itos[i] == c or counts[i] > 1) for c, i in stoi.items()):
         raise ValueError('its stoi and itos are not the same table')
-    is_numbered = set(itos) == set(range(len(itos))) and all(type(i) is int for i in stoi.values())
-    if not is_numbered or len(itos) > vocab_size:
-        raise ValueError(f'its table does not number the ids from 0 to at most {vocab_size - 1}')
-    ''.join(stoi).encode('utf-8')  # raises unless every token is text of whole characters
+    meta['itos'] = itos
 
 
 def read_meta(data_dir):
@@ -201,18 +269,12 @@ def read_meta(data_dir):
         return None
     try:
         with open(path, 'rb') as f:
-            data = f.read(2 ** 28)  # a table of 65,536 characters takes less than 2 MB
-        for opcode, arg, _ in pickletools.genops(data):
-            if opcode.name not in PLAIN_OPCODES:
-                request = f'{opcode.name} {arg}' if arg else opcode.name
-                raise ValueError(f'it asks for {request}, and data needs no code')
-            if 'PUT' in opcode.name and int(arg) > len(data):
-                raise ValueError('it asks for more memory than it can need')
-        meta = pickle.loads(data)
+            meta = read_pickle(f.read(2 ** 28))  # a table of 65,536 characters takes less than 2 MB
         check_meta(meta)
     except Exception as e:  # a damaged pickle raises almost anything
         fail(f'{path} is not a readable table ({get_first_line(e)})', 'prepare the dataset again')
-    return meta
+    known_keys = ('vocab_size', 'dtype', 'stoi', 'itos')  # a checkpoint couldn't save all others
+    return {key: meta[key] for key in known_keys if key in meta}
 
 
 def read_text(path, remedy='name a text file with --input=FILE'):

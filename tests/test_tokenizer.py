@@ -3,14 +3,16 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, expect_error
 
 from runtime.tokenizer import (
     CharTokenizer,
     GPT2Tokenizer,
+    check_meta,
     count_mean_bytes,
     get_tokenizer,
     read_meta,
@@ -79,6 +81,102 @@ def test_bad_meta_is_refused_and_not_run(tmp_path, monkeypatch, capsys, content)
     with pytest.raises(SystemExit):
         read_meta(str(tmp_path))
     assert 'meta.pkl' in capsys.readouterr().err and not (tmp_path / 'canary').exists()
+
+
+class Call:
+    """Pickled as a call of the function, and then the setting of a state."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+def scalar_of(dtype, content):
+    """The pickle of a number in numpy that says of itself what numpy never would."""
+    return Call(np._core.multiarray.scalar, (np.dtype(dtype), content))
+
+
+def make_doubled(count):
+    # a tuple of twice the tuple before it, and so on: its hash takes 2**count steps
+    doubled = b''.join(b'\x94h%c\x86' % i for i in range(count))
+    return b'\x80\x04})' + doubled + b'K\x01s.'
+
+
+@pytest.mark.parametrize('protocol', [0, 2, 4])
+@pytest.mark.parametrize('value, words', [
+    (Call(os.system, ('mkdir "$CANARY"',)), 'system)'),
+    (Call(np.load, ('meta.pkl',)), 'GLOBAL numpy load)'), (Call(eval, ('1',)), 'eval)'),
+    (np.array([5]), 'multiarray _reconstruct)'), (np.dtype('i8').type, 'numpy int64)'),
+    (np.datetime64('2020'), 'it has M8 of numpy'), (np.complex64(1), 'it has c8 of numpy'),
+    (np.bytes_(b'abc'), 'it has S3 of numpy'),
+    (scalar_of('O', b'12345678'), 'it has O8 of numpy'),
+    (scalar_of('i8', b'1234567'), 'requires a buffer of 8 bytes'),
+    (scalar_of('i8', b'123456789'), 'requires a buffer of 8 bytes'),
+    (scalar_of('U2', b'a\0\0\0'), 'it has U2 of numpy with 4 bytes'),
+    (scalar_of('U99', b'a\0\0\0' * 99), 'of numpy with'),
+    (scalar_of('>i8', b'12345678'), 'it asks for BUILD)'),
+    (scalar_of('i8', 'text'), ''), (scalar_of('i8', [1] * 8), ''), (scalar_of('i8', None), ''),
+    (Call(set, ([],), {'x': 1}), 'it asks for BUILD)'),
+    (Call(frozenset, ((),), {1: '<'}), 'it asks for BUILD)')])
+def test_nothing_else_is_called(tmp_path, monkeypatch, capsys, protocol, value, words):
+    monkeypatch.setenv('CANARY', str(tmp_path / 'canary'))
+    for i, name in ((0, 'vocab_size'), (1, 'extra')):
+        content = pickle.dumps({'vocab_size': 4, name: value}, protocol)
+        (tmp_path / 'meta.pkl').write_bytes(content)
+        assert words in expect_error(capsys, read_meta, str(tmp_path))
+    assert not (tmp_path / 'canary').exists()
+
+
+@pytest.mark.parametrize('content', [
+    b'cnumpy\ndtype\n(S"i8"\nI0\nI1\ntR(I3\nS"<"\ntb.',  # no more than a dtype
+    b'\x80\x02}(K\x01K\x02ub.', b'\x80\x02}X\x01\0\0\0a}b.', b'\x80\x02K\x01)R.', b'\x80\x02))R.',
+    b'\x80\x02X\x0c\0\0\0posix system)R.', b'iposix\nsystem\n(tR.', b'(iposix\nsystem\n.',
+    b'\x80\x02cbuiltins\nset\n)\x81.', b'\x80\x02(cbuiltins\nset\no.', b'\x80\x02\x82\x01.',
+    b'P1\n.', b'\x80\x02K\x01Q.', b'(ccopy_reg\n_reconstructor\ntR.', b'\x80\x02h\x05.',
+    b'L' + b'9' * 10 ** 6 + b'L\n.', b'\x8b\xff\xff\xff\x7f1.',
+    b'\x80\x02}X\x0a\0\0\0vocab_size\x8b\x40\x42\x0f\0' + b'\x11' * 10 ** 6 + b's.',
+    b'\x80\x02}' + b')' + b'\x85' * 10 ** 6 + b'K\x01s.',
+    b'\x80\x04}' + b'(' * 10 ** 5 + b'N' + b'\x85\x91' * 10 ** 5 + b'K\x01s.',
+    b'\x80\x04\x8f(' + b'N' + b'\x85' * 10 ** 6 + b'\x90.', make_doubled(60), b't.', b'a.', b's.',
+    b'\x85.', b'\x94.', b'p0\n.', b'.'
+], ids=range(29))
+def test_hostile_operations_end_in_one_line(tmp_path, capsys, content):
+    (tmp_path / 'meta.pkl').write_bytes(content)
+    start_time = time.monotonic()
+    assert 'is not a readable table' in expect_error(capsys, read_meta, str(tmp_path))
+    assert time.monotonic() - start_time < 60
+
+
+def test_copies_of_a_long_text_do_not_fill_the_memory(tmp_path):
+    """4,000 times the bytes of a text of a megabyte, or the set of a list of that size."""
+    text = b'\x80\x02X\x40\x42\x0f\0' + b'a' * 10 ** 6 + b'q\0X\x06\0\0\0latin1\x86q\1'
+    call = b'c_codecs\nencode\nq\2](' + b'h\2h\1R' * 4000 + b'e.'
+    items = b'\x80\x02](' + b'N' * 10 ** 5 + b'eq\0\x85q\1cbuiltins\nset\nq\2]('
+    (tmp_path / 'text').write_bytes(text + call)
+    (tmp_path / 'items').write_bytes(items + b'h\2h\1R' * 4000 + b'e.')
+    code = ('import resource; from runtime.tokenizer import read_pickle\n'
+            'for name in ("text", "items"): read_pickle(open(name, "rb").read())\n'
+            'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)')
+    out = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,
+                         env={**os.environ, 'PYTHONPATH': ROOT}, check=True).stdout
+    assert int(out) < 1_000_000  # KiB
+
+
+@pytest.mark.parametrize('change, words', [
+    ({'stoi': {'a': 0, 'b': 9}}, 'whole numbers from 0 to 3'),
+    ({'stoi': {'a': 0, 'b': 3.0}}, 'whole numbers'), ({'stoi': {'a': True}}, 'whole numbers'),
+    ({'itos': {-1: 'a', 0: 'b'}}, 'whole numbers'), ({'itos': {4: 'a'}}, 'whole numbers'),
+    ({'itos': {0: 'a', 1: 'b', 2: 'é', 3: 5}}, 'not of text'), ({'stoi': {5: 0}}, 'not of text'),
+    ({'itos': [b'a', b'b', b'c', b'd']}, 'not of text'), ({'itos': {0: 'a'}}, 'not the same table'),
+    ({'itos': 'abé\n'}, 'not tables'), ({'stoi': ['a']}, 'not tables'), ({'itos': None}, 'tables'),
+    ({'itos': ['b', 'a', 'é', '\n']}, 'not the same table'), ({'vocab_size': 3}, 'from 0 to 2'),
+    ({'vocab_size': 4.0}, 'no vocab_size'), ({'vocab_size': True}, 'no vocab_size'),
+    ({'itos': ['a', 'b', 'é', '\ud800']}, 'surrogates')])
+def test_tables_that_make_no_sense(change, words):
+    with pytest.raises(ValueError, match=words):
+        check_meta({**META, **change})
 
 
 def test_a_table_with_only_a_size_cannot_decode(capsys):

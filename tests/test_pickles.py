@@ -1,0 +1,73 @@
+"""Pickles that would make torch.load take memory or time without an end, or overflow the stack."""
+import collections
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from test_hostile import good_state, rezip
+
+from runtime import pickles
+
+TEXT = b'X\x40\x42\x0f\x00' + b'\xc3\xa4' * 500_000  # a megabyte
+NESTED = b')' + b'\x85' * 10 ** 6  # (((...)))
+LIST = b'](' + b'N' * 10 ** 5 + b'eq\x00'
+MANY = 10 ** 5
+# each would take memory or time without an end, or overflow the stack
+BOMBS = [
+    b'\x80\x02}' + NESTED + b'K\x01s.',  # as a key
+    b'\x80\x02}(' + NESTED + b'K\x01u.', b'\x80\x02c__builtin__\nset\n]' + NESTED + b'a\x85R.',
+    b'\x80\x02ccollections\nCounter\n]' + NESTED + b'a\x85R.',
+    b'\x80\x02ccollections\nOrderedDict\n]]' + NESTED + b'aK\x01aa\x85R.',
+    b'\x80\x02ctorch.serialization\n_get_layout\n' + NESTED + b'\x85R.',
+    b'\x80\x02(X\x07\x00\x00\x00storagectorch\nFloatStorage\n' + NESTED
+    + b'X\x03\x00\x00\x00cpuK\x01tQ.',
+    b'\x80\x02c_codecs\nencode\n' + TEXT + b'X\x08\x00\x00\x00punycode\x86R.',
+    b'\x80\x02c__builtin__\nbytearray\n\x8a\x06' + bytes(5) + b'\x01\x85R.',  # of 2**40 zeros
+    b'\x80\x02c__builtin__\nbytearray\n]K\x01a\x85R.',
+    b'\x80\x02ctorch.storage\nUntypedStorage\n\x8a\x06' + bytes(5) + b'\x01\x85R.',
+    b'\x80\x02' + LIST + b'\x85q\x010c__builtin__\nset\n.',  # an operation that torch lacks
+    b'\x80\x02](' + LIST + b'\x85q\x01c__builtin__\nset\nq\x02' + b'h\x02h\x01R' * MANY + b'e.',
+    b'\x80\x02](' + LIST + b'\x85q\x01ctorch\nSize\nq\x02' + b'h\x02h\x01R' * MANY + b'e.',
+    b'\x80\x02](' + TEXT + b'X\x06\x00\x00\x00latin1\x86q\x01c_codecs\nencode\nq\x02'
+    + b'h\x02h\x01R' * MANY + b'e.']
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='measures memory as Linux counts it')
+def test_no_pickle_in_an_archive_takes_memory_or_time_or_overflows_the_stack(tmp_path):
+    for i, payload in enumerate(BOMBS):
+        torch.save(good_state(), tmp_path / f'{i}.pt')
+        rezip(tmp_path / f'{i}.pt', data=payload)
+    code = ('import resource, sys; from runtime import checkpoint\n'
+            f'for i in range({len(BOMBS)}):\n'
+            '    try: checkpoint.load(f"{i}.pt")\n'
+            '    except ValueError as e: print(e)\n'
+            'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)')
+    out = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,
+                         env={**os.environ, 'PYTHONPATH': ROOT}, timeout=300, check=True).stdout
+    *lines, memory = out.splitlines()
+    assert len(lines) == len(BOMBS) and all('is not a readable checkpoint' in s for s in lines)
+    assert int(memory) < 1_000_000, out  # KiB: torch itself takes a third of that
+
+
+@pytest.mark.parametrize('value', [
+    {(1, (2, 3)): 4}, {((),)}, collections.Counter([((),)]), range(3), frozenset([1]), b'',
+    torch.add, torch.nn.Linear, torch.FloatTensor, torch.Tensor, torch.load, torch.dtype,
+    torch.per_tensor_affine, print, os.system, object(), Ellipsis, NotImplemented, int],
+    ids=range(19))
+def test_values_that_are_not_plain(value):
+    content = pickle.dumps(value, 2)
+    with pytest.raises(ValueError, match='it '):
+        pickles.check(content)
+
+
+@pytest.mark.parametrize('protocol', [0, 1, 3, 4, 5])
+def test_only_the_operations_of_torch_are_known(protocol):
+    """torch.save writes protocol 2, and torch.load knows few operations of others."""
+    value = {'a': [1, 2.5, None, True, (1, 2, 3, 4)], 'b': {1, 2}, 'c': b'abc', 'd': 2 ** 100}
+    pickles.check(pickle.dumps(value, 2))
+    with pytest.raises(ValueError, match='asks for'):
+        pickles.check(pickle.dumps(value, protocol))
