@@ -155,7 +155,7 @@ class LossHead(nn.Module):
     """The output layer and the loss: the mean cross-entropy in nats. A target of -1 is ignored."""
 
     def forward(self, lm_head, x, targets):
-        logits = lm_head(x)  # (B, T, V)
+        logits = lm_head(x)  # (B, T, V). If you change the logits, change them in GPT.forward, too
         wide_logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(wide_logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss
@@ -229,7 +229,7 @@ class GPT(nn.Module):
             x = block(x)
         x = self.transformer.ln_f(x)
         if targets is None:
-            return self.lm_head(x[:, -1:]), None
+            return self.lm_head(x[:, -1:]), None  # for sampling; LossHead computes its own logits
         return self.loss_head(self.lm_head, x, targets)
 
     @torch.no_grad()

@@ -224,7 +224,7 @@ def read_pickle(data):
         elif name == 'BUILD' and isinstance(stack[-1], str) and items[0][1] in ('<', '|'):
             pass  # the rest of a dtype, which is its name here: only the byte order matters
         elif name not in ('PROTO', 'FRAME', 'STOP'):
-            raise ValueError(f'data needs no code, it asks for {name} {str(arg or "")[:80]}'.rstrip())
+            raise ValueError(f'it is no data, but asks for {name} {str(arg or "")[:70]}'.strip())
     return stack.pop()
 
 

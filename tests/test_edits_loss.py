@@ -12,11 +12,13 @@ from torch.nn import functional as F
 from runtime import kernels
 
 # places in model.py
-LOGITS = '        logits = lm_head(x)  # (B, T, V)\n'
+LOGITS = ('        logits = lm_head(x)  # (B, T, V). '
+          'If you change the logits, change them in GPT.forward, too\n')
 IGNORE = 'ignore_index=-1)\n'
 RETURN = '        return logits, loss\n'
 LM_HEAD = '        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)\n'
-LAST_LOGITS = '            return self.lm_head(x[:, -1:]), None\n'
+LAST_LOGITS = ('            return self.lm_head(x[:, -1:]), None  '
+               '# for sampling; LossHead computes its own logits\n')
 RETURN_LOSS = '        return self.loss_head(self.lm_head, x, targets)\n'
 CLASS = 'class LossHead'
 
