@@ -124,8 +124,8 @@ def copy_bytes(content=b''):
 
 
 def encode(text, encoding):
-    """The bytes for which a text stands. torch would also use encodings that take hours."""
-    if encoding != 'latin1' or type(text) is not str:
+    """The bytes for which a text stands. torch would also use any other encoding of Python."""
+    if encoding != 'latin1':
         raise ValueError('it has bytes in an unusual encoding')
     return text.encode('latin1')
 

@@ -64,12 +64,12 @@ class GPT2Tokenizer:
         return self.bpe.encode_ordinary(text)
 
     def decode_bytes(self, ids):
-        """The text of the ids in UTF-8, as bytes; a single id may end within a character."""
-        return self.bpe.decode_bytes(ids)
+        """The text of the ids in UTF-8, as bytes; ids that pad the vocabulary have none."""
+        return self.bpe.decode_bytes([i for i in ids if i < self.vocab_size])
 
     def decode(self, ids):
         """The text of token ids (list of int); bytes that aren't a character become U+FFFD."""
-        return self.bpe.decode(ids)
+        return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
 
 def get_tokenizer(meta, vocab_size=None):

@@ -12,8 +12,8 @@ from test_hostile import good_state, rezip
 
 from runtime import pickles
 
-TEXT = b'X\x40\x42\x0f\x00' + b'\xc3\xa4' * 500_000  # a megabyte
-NESTED = b')' + b'\x85' * 10 ** 6  # (((...)))
+TEXT = b'X\x40\x42\x0f\x00' + b'a' * 10 ** 6
+NESTED = b')' + b'\x85' * 300_000  # (((...)))
 LIST = b'](' + b'N' * 10 ** 5 + b'eq\x00'
 MANY = 10 ** 5
 # each would take memory or time without an end, or overflow the stack
@@ -25,8 +25,7 @@ BOMBS = [
     b'\x80\x02ctorch.serialization\n_get_layout\n' + NESTED + b'\x85R.',
     b'\x80\x02(X\x07\x00\x00\x00storagectorch\nFloatStorage\n' + NESTED
     + b'X\x03\x00\x00\x00cpuK\x01tQ.',
-    b'\x80\x02c_codecs\nencode\n' + TEXT + b'X\x08\x00\x00\x00punycode\x86R.',
-    b'\x80\x02c__builtin__\nbytearray\n\x8a\x06' + bytes(5) + b'\x01\x85R.',  # of 2**40 zeros
+    b'\x80\x02c__builtin__\nbytearray\n\x8a\x05' + bytes(3) + b'\x80\x00\x85R.',  # of 2**31 zeros
     b'\x80\x02c__builtin__\nbytearray\n]K\x01a\x85R.',
     b'\x80\x02ctorch.storage\nUntypedStorage\n\x8a\x06' + bytes(5) + b'\x01\x85R.',
     b'\x80\x02' + LIST + b'\x85q\x010c__builtin__\nset\n.',  # an operation that torch lacks
@@ -62,6 +61,15 @@ def test_values_that_are_not_plain(value):
     content = pickle.dumps(value, 2)
     with pytest.raises(ValueError, match='it '):
         pickles.check(content)
+
+
+@pytest.mark.parametrize('encoding', ['punycode', 'idna', 'utf-32', 'zip', 'rot13', 'latin-1'])
+def test_bytes_in_other_encodings(encoding):
+    good = b'\x80\x02c_codecs\nencode\nX\x02\x00\x00\x00abX\x06\x00\x00\x00latin1\x86R.'
+    pickles.check(good)
+    name = len(encoding).to_bytes(4, 'little') + encoding.encode()
+    with pytest.raises(ValueError, match='bytes in an unusual encoding'):
+        pickles.check(good.replace(b'\x06\x00\x00\x00latin1', name))
 
 
 @pytest.mark.parametrize('protocol', [0, 1, 3, 4, 5])
