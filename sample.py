@@ -10,7 +10,6 @@ The text goes to stdout, everything else to stderr. --help lists the settings.
 """
 import contextlib
 import json
-import math
 import os
 import sys
 
@@ -62,8 +61,7 @@ if init_from == 'resume':
     state, path = checkpoint.load_best(out_dir)
     model = restore.build_model(GPT, GPTConfig, state, path, dtype=ptdtype)
     meta = checkpoint.find_meta(state, out_dir, path)
-    best_val_loss = state.get('best_val_loss', math.inf)
-    origin = f'{path}, iteration {state["iter_num"]}, best val loss {best_val_loss:.4f}'
+    origin = f'{path}, iteration {state["iter_num"]}, best val loss {state["best_val_loss"]:.4f}'
     state = None  # frees the memory
 elif huggingface.is_huggingface(init_from):
     model = restore.load_pretrained(GPT, init_from, dtype=ptdtype)

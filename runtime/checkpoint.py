@@ -188,7 +188,7 @@ def make_plain(state, path):
         raise ValueError(f'it has no {" or ".join(sorted(missing_keys))}')
     defaults = {'iter_num': 0, 'best_val_loss': math.inf, 'config': {}}
     unusable_keys = [key for key in defaults if key not in plain_state]
-    readers = {'best_val_loss': read_number, 'meta': read_table, 'scaler': read_scaler}
+    readers = {'best_val_loss': read_number, 'meta': check_meta, 'scaler': read_scaler}
     for key in [key for key in readers if key in plain_state]:
         try:
             plain_state[key] = readers[key](plain_state[key])
@@ -217,12 +217,6 @@ def read_number(value):
     return value
 
 
-def read_table(meta):
-    """A dataset's meta dict, with plain tables."""
-    check_meta(meta)
-    return {key: meta[key] for key in ('vocab_size', 'dtype', 'stoi', 'itos') if key in meta}
-
-
 def read_scaler(state):
     """The state of a GradScaler, which is empty if it was off, with values of the right type."""
     return {key: kind(read_number(state[key])) for key, kind in SCALER.items() if state}
@@ -240,9 +234,7 @@ def rename_weights(weights, model_args):
     has_head = any(name.startswith('lm_head.') for name in plain_weights)
     is_tied = model_args.get('tied', True) and (not has_head or 'lm_head.weight' in plain_weights)
     if wte is not None and is_tied:
-        lm_head = plain_weights.setdefault('lm_head.weight', wte)
-        if lm_head.data_ptr() == wte.data_ptr():
-            plain_weights['lm_head.weight'] = wte  # one tensor, which is copied once
+        plain_weights.setdefault('lm_head.weight', wte)
     for option in ('qk_norm', 'relu2'):  # older checkpoints don't have these marks, see model.py
         if model_args.get(option):
             plain_weights.setdefault(option, torch.ones(()))

@@ -62,8 +62,8 @@ def was_unchanged(part, kind):
 
 
 def is_fast(module):
-    """Whether the module is a faster form of a part of the model."""
-    return type(module).__module__ == __name__
+    """Whether the module is a faster form of a part of the model, here or in inference.py."""
+    return type(module).__module__ in (__name__, 'runtime.inference')
 
 
 @contextlib.contextmanager
@@ -108,9 +108,9 @@ class Dropout(nn.Dropout):
         super().__init__(dropout.p)
 
     def forward(self, x):
-        is_known = torch.compiler.is_compiling() or (is_torchs(nn.Dropout.forward)
-                                                     and is_torchs(F.dropout))
-        if x.device.type != 'cpu' or not self.training or not self.p or not is_known:
+        draws = x.device.type == 'cpu' and self.training and self.p
+        if not draws or not (torch.compiler.is_compiling()
+                             or is_torchs(nn.Dropout.forward) and is_torchs(F.dropout)):
             return super().forward(x)
         return x * draw_mask(x, self.p) * (1 / (1 - self.p))
 
@@ -142,13 +142,11 @@ class Attention(nn.Module):
 
     def forward(self, q, k, v, dropout, flash):
         B, nh, T, hs = q.size()
-        dropout_p = 0.0
-        if type(dropout) is nn.Dropout and dropout.training:
-            dropout_p = dropout.p
-        is_slow = dropout_p or T <= 1024 and q.dtype == torch.bfloat16 and q.requires_grad
         is_known = flash and type(dropout) is nn.Dropout and q.shape == k.shape == v.shape
-        is_known = is_known and was_unchanged(self.plain, 'Attention')
-        if q.device.type != 'cpu' or not is_slow or not is_known:
+        dropout_p = dropout.p if is_known and dropout.training else 0.0
+        is_slow = dropout_p or T <= 1024 and q.dtype == torch.bfloat16 and q.requires_grad
+        if (q.device.type != 'cpu' or not is_slow or not is_known
+                or not was_unchanged(self.plain, 'Attention')):
             return self.plain(q, k, v, dropout, flash)
         mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
         q, k, v = (z.flatten(0, 1) for z in (q, k, v))  # (B * nh, T, hs)
@@ -258,8 +256,8 @@ class LossHead(nn.Module):
             dtype = torch.get_autocast_dtype(device_type)
         if (self.gives_logits or torch.compiler.is_compiling() or dtype not in DTYPES
                 or not is_unchanged(lm_head, 'Linear') or lm_head.bias is not None
-                or not is_unchanged(self.plain, 'LossHead') or has_global_hook()
-                or targets.numel() * lm_head.out_features <= 2 ** 22):
+                or targets.numel() * lm_head.out_features <= 2 ** 22
+                or not is_unchanged(self.plain, 'LossHead') or has_global_hook()):
             logits, loss = self.plain(lm_head, x, targets)
             return (logits if self.gives_logits else None), loss
         loss = LinearCrossEntropy.apply(x.flatten(0, 1), lm_head.weight, targets.flatten(), dtype,

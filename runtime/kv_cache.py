@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from runtime import originals
+from runtime import kernels, originals
 from runtime.console import note
 
 # the classes that the cache was written for: model.py's, and those with a forward() of torch
@@ -57,21 +57,21 @@ def can_cache(model, idx, use_cache=None):
 
 def is_original_attention(part):
     """Whether nobody has changed this Attention, for which CachedAttention stands in."""
-    is_fast = type(part).__module__ == 'runtime.kernels' and not originals.is_patched(part)
+    is_fast = kernels.is_fast(part) and not originals.is_patched(part)
     return originals.is_unchanged(part.plain if is_fast else part, 'Attention')
 
 
 def is_original_model(model):
     """Whether nothing in the model was changed that computes logits."""
     return originals.has_method(model, 'GPT.embed') and all(
-        is_original(module) for path, module in model.named_modules()
+        is_known(module) for path, module in model.named_modules()
         if not path.startswith('loss_head'))
 
 
-def is_original(module):
+def is_known(module):
     """Whether the module is one that the cache was written for, and nobody has changed it."""
     cls = type(module)
-    if cls.__module__ in ('runtime.kernels', 'runtime.inference'):  # a faster form of a part
+    if kernels.is_fast(module):
         return not originals.is_patched(module)
     if cls.__name__ in TORCH_CLASSES:
         return not originals.is_patched(module) and originals.is_torchs(cls.forward)

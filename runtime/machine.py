@@ -124,9 +124,7 @@ PEAK_FLOPS = {
     'A10G': 70e12, 'A10': 125e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'V100': 125e12,
     'T4': 65e12, 'RTX A6000': 155e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12,
 }
-
-
-A100_FLOPS = 312e12  # the model's estimate_mfu() is a share of this, as in nanoGPT
+A100_FLOPS = PEAK_FLOPS['A100']  # the model's estimate_mfu() is a share of this, as in nanoGPT
 
 
 def peak_flops(name):

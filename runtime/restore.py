@@ -119,32 +119,41 @@ def fit_block_size(model, block_size, init_from):
 def load_optimizer(optimizer, scaler, checkpoint, path, config):
     """Puts the optimizer's and the GradScaler's state of a checkpoint where they belong.
 
-    path is the checkpoint's file. Of the optimizer's settings only weight_decay, betas and
-    momentum are used, and a line says so if config has others. The rest says how an update is
-    computed on a device, not what it is. If block_size has cut the table of positions, its moments
-    are cut, too.
+    path is the checkpoint's file. A line names the settings that come from there. If block_size
+    has cut the table of positions, its moments are cut, too.
     """
     if checkpoint.get('scaler'):  # it is empty if the scaler was off
         scaler.load_state_dict(checkpoint['scaler'])
     state = checkpoint.get('optimizer')
     if not state:
         return warn(f'{path} has no optimizer state, so the optimizer begins with none')
-    local_optim = get_local_optimizer(optimizer)
     name = get_optimizer_name(optimizer)
     saved_name = checkpoint.get('optimizer_name', name)
     if saved_name != name:
         fail(f'{path} has the state of {saved_name}, but the optimizer is {name}',
              'use the optimizer of that run, or another checkpoint')
-    is_known = type(local_optim) in (torch.optim.AdamW, LowMemoryAdamW, Muon)
-    if not is_known or any(group.get('amsgrad') for group in optimizer.param_groups):
+    groups = [dict(group) for group in optimizer.param_groups]
+    is_known = type(get_local_optimizer(optimizer)) in (torch.optim.AdamW, LowMemoryAdamW, Muon)
+    if is_known and not any(group.get('amsgrad') for group in groups):
+        load_adamw(optimizer, state, path)
+    else:
         sizes = checkpoint['model_args']['block_size'], config['block_size']
-        return load_other_optimizer(optimizer, state, path, sizes)
+        load_other_optimizer(optimizer, state, path, sizes)
+    print_overruled(optimizer, groups)
+
+
+def load_adamw(optimizer, state, path):
+    """load_optimizer() for AdamW and Muon, and for parts of their state on several ranks.
+
+    Of the optimizer's settings only weight_decay, betas and momentum are used. The rest says how an
+    update is computed on a device, not what it is.
+    """
+    local_optim = get_local_optimizer(optimizer)
     params = [p for group in optimizer.param_groups for p in group['params']]
     local_params = {p for group in local_optim.param_groups for p in group['params']}
     muon_params = {p for group in optimizer.param_groups if 'momentum' in group
                    for p in group['params']}
     moments_dtype = getattr(local_optim, 'moments_dtype', torch.float32)
-    groups = [dict(group) for group in optimizer.param_groups]
     try:
         if len(state['param_groups']) != len(optimizer.param_groups):
             raise ValueError('it is of another --optim')
@@ -178,7 +187,6 @@ def load_optimizer(optimizer, scaler, checkpoint, path, config):
     if moments_dtype == torch.bfloat16 and beta2 > 0.99:
         fail(f'moments in bfloat16 stand still with beta2={beta2}, which {path} has',
              'use --moments_dtype=float32')
-    print_overruled(optimizer, groups)
 
 
 def get_optimizer_name(optimizer):
@@ -219,7 +227,6 @@ def load_other_optimizer(optimizer, state, path, sizes):
     except Exception as e:  # it may have anything in it
         fail(f'the optimizer state in {path} does not fit {type(optimizer).__name__} '
              f'({get_first_line(e)})', 'use the optimizer of that run, or another checkpoint')
-    print_overruled(optimizer, groups)
 
 
 def fit_value(value, parameter, saved_block_size, block_size):

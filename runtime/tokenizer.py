@@ -229,7 +229,7 @@ def read_pickle(data):
 
 
 def check_meta(meta):
-    """Makes the tables in a dict from a stranger plain: itos {int: str}, stoi {str: int}.
+    """What we know of a dict from a stranger, with plain tables: itos {int: str}, stoi {str: int}.
 
     ValueError unless these fit its vocab_size and each other. Ids may be without a character, and
     several characters may have one id, that of an unknown one.
@@ -240,8 +240,9 @@ def check_meta(meta):
     if type(vocab_size) is not int or not 1 <= vocab_size <= max_vocab_size:
         raise ValueError('it has no vocab_size from 1 to 65,536, '
                          'or to 16,777,216 with a dtype of uint32')
+    known = {key: meta[key] for key in ('vocab_size', 'dtype', 'stoi', 'itos') if key in meta}
     if 'stoi' not in meta and 'itos' not in meta:
-        return
+        return known
     stoi, itos = meta.get('stoi'), meta.get('itos')
     if isinstance(itos, (list, tuple)):
         itos = dict(enumerate(itos))
@@ -255,7 +256,7 @@ def check_meta(meta):
     counts = collections.Counter(stoi.values())
     if not all(i in itos and (itos[i] == c or counts[i] > 1) for c, i in stoi.items()):
         raise ValueError('its stoi and itos are not the same table')
-    meta['itos'] = itos
+    return {**known, 'itos': itos}
 
 
 def read_meta(data_dir):
@@ -269,12 +270,10 @@ def read_meta(data_dir):
         return None
     try:
         with open(path, 'rb') as f:
-            meta = read_pickle(f.read(2 ** 28))  # a table of 65,536 characters takes less than 2 MB
-        check_meta(meta)
+            data = f.read(2 ** 28)  # a table of 65,536 characters takes less than 2 MB
+        return check_meta(read_pickle(data))
     except Exception as e:  # a damaged pickle raises almost anything
         fail(f'{path} is not a readable table ({get_first_line(e)})', 'prepare the dataset again')
-    known_keys = ('vocab_size', 'dtype', 'stoi', 'itos')  # a checkpoint couldn't save all others
-    return {key: meta[key] for key in known_keys if key in meta}
 
 
 def read_text(path, remedy='name a text file with --input=FILE'):
