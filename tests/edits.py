@@ -49,16 +49,31 @@ class Sources:
 
     def load_model(self):
         """model.py as a module."""
-        spec = importlib.util.spec_from_file_location('edited_model', f'{self.folder}/model.py')
-        module = importlib.util.module_from_spec(spec)
-        sys.modules['edited_model'] = module
-        spec.loader.exec_module(module)
-        return module
+        return load_module(f'{self.folder}/model.py')
+
+
+def load_module(path):
+    """An edited model.py as the module edited_model, where inspect finds its source."""
+    spec = importlib.util.spec_from_file_location('edited_model', path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules['edited_model'] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def get_lr(it):
     """The learning rate of train.py with the settings TINY."""
     return 6e-5 + 0.5 * (1 + math.cos(math.pi * it / 100)) * (3e-3 - 6e-5)
+
+
+@torch.no_grad()
+def continue_greedily(model, idx, max_new_tokens):
+    """The most likely tokens after idx (B, T), each by a forward pass over all before it."""
+    block_size = model.config.block_size
+    for _ in range(max_new_tokens):
+        logits, _ = model(idx[:, -block_size:])
+        idx = torch.cat((idx, logits[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
+    return idx
 
 
 class PlainRun:
@@ -111,13 +126,10 @@ class PlainRun:
         self.model.train()
         return sum(losses) / len(losses)
 
-    @torch.no_grad()
     def continue_greedily(self, idx, max_new_tokens):
-        """The most likely tokens after idx (B, T), each by a forward pass over all before it."""
+        """continue_greedily() by the model in eval mode."""
         self.model.eval()
-        for _ in range(max_new_tokens):
-            logits = self.model(idx[:, -SHAPE['block_size']:])[0][:, -1]
-            idx = torch.cat((idx, logits.argmax(dim=-1, keepdim=True)), dim=1)
+        idx = continue_greedily(self.model, idx, max_new_tokens)
         self.model.train()
         return idx
 

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, TINY, metrics, run
+from conftest import TINY, metrics, run
+from edits import Sources
 from test_huggingface import (
     EMBEDDINGS,
     META,
@@ -118,17 +119,9 @@ def convert_with(tmp_path, edits, ok):
     """Exports tmp_path/out to tmp_path/hf in a copy of the tree whose model.py has other lines."""
     tree = tmp_path / 'tree'
     tree.mkdir()
-    for name in ('convert.py', 'configurator.py'):
-        shutil.copy(os.path.join(ROOT, name), tree)
-    shutil.copytree(os.path.join(ROOT, 'runtime'), tree / 'runtime')
-    with open(os.path.join(ROOT, 'model.py'), encoding='utf-8') as f:
-        source = f.read()
-    for old, new in edits:
-        assert source.count(old) == 1, old
-        source = source.replace(old, new)
-    (tree / 'model.py').write_text(source, encoding='utf-8')
-    out = run(tree / 'convert.py', f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}',
-              ok=ok)
+    sources = Sources(tree, *(('model.py', old, new) for old, new in edits))
+    out = sources.run('convert.py', f'--out_dir={tmp_path / "out"}',
+                      f'--hf_dir={tmp_path / "hf"}', ok=ok)
     shutil.rmtree(tree)
     return out
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from edits import continue_greedily
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -28,15 +29,6 @@ def make_model(kind='plain', seed=0, **options):
     if kind == 'fast':
         kernels.accelerate(model, 'cpu', 'float32')
     return model
-
-
-@torch.no_grad()
-def continue_greedily(model, idx, max_new_tokens):
-    """The most likely tokens after idx (B, T), each by a forward pass over all before it."""
-    for _ in range(max_new_tokens):
-        logits, _ = model(idx[:, -SHAPE['block_size']:])
-        idx = torch.cat((idx, logits[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
-    return idx
 
 
 def update(model):

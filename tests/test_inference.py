@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 import torch.nn as nn
+from edits import continue_greedily
 from test_originals import load_edited
 from torch.nn import functional as F
 
@@ -35,15 +36,6 @@ def make_fast_model(**options):
     for p in model.parameters():
         nn.init.normal_(p, std=0.3)
     return model.eval()
-
-
-def continue_greedily(model, idx, max_new_tokens):
-    """The most likely tokens, without a cache."""
-    block_size = model.config.block_size
-    for _ in range(max_new_tokens):
-        logits, _ = model(idx[:, -block_size:])
-        idx = torch.cat((idx, logits[:, -1].argmax(-1, keepdim=True)), dim=1)
-    return idx
 
 
 def list_parts(model):

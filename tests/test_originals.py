@@ -1,7 +1,6 @@
 """originals.py: accelerate() replaces only what nobody changed, so what you write is what runs."""
 import copy
 import functools
-import importlib.util
 import os
 import sys
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import ROOT
+from edits import load_module
 from test_kernels import FAST, assert_near, list_kinds, make_batch, make_model, measure
 from torch.nn import functional as F
 
@@ -195,11 +195,8 @@ def load_edited(path, monkeypatch, *edits):
         assert source.count(old) == 1, old
         source = source.replace(old, new)
     path.write_text(source, encoding='utf-8')
-    spec = importlib.util.spec_from_file_location('edited_model', path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, 'edited_model', module)
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.setitem(sys.modules, 'edited_model', None)  # is taken away at the end
+    return load_module(path)
 
 
 @pytest.mark.parametrize('kind, old, new', EDITS)

@@ -14,7 +14,7 @@ import types
 import pytest
 import torch
 from conftest import ROOT, TINY, check_result, run
-from edits import Sources
+from edits import Sources, continue_greedily
 from torch.nn import functional as F
 
 from model import GPT, MLP, Block, CausalSelfAttention, GPTConfig, LayerNorm
@@ -45,15 +45,6 @@ def train(model, iterations=20):
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
     return losses
-
-
-@torch.no_grad()
-def continue_greedily(model, idx, max_new_tokens):
-    """The most likely tokens after idx (B, T), each by a forward pass over all before it."""
-    for _ in range(max_new_tokens):
-        logits, _ = model(idx[:, -SHAPE['block_size']:])
-        idx = torch.cat((idx, logits[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
-    return idx
 
 
 def attend(attn, x):
