@@ -226,7 +226,9 @@ def rename_weights(weights, model_args):
     """The weights without the prefixes that torch.compile and DDP put before their names."""
     plain_weights = {}
     for name, tensor in weights.items():
-        name = name.replace('_orig_mod.', '').removeprefix('module.')
+        name = name.replace('_orig_mod.', '')
+        while name.startswith('module.'):
+            name = name.removeprefix('module.')
         # old versions of nanoGPT saved the causal mask (1, 1, T, T) as a weight
         if not (name.endswith('.attn.bias') and tensor.dim() == 4 and tensor.size(1) == 1):
             plain_weights[name] = tensor
