@@ -33,6 +33,13 @@ FAST = ['--rope_base=100', '--qk_norm=True', '--relu2=True', '--tied=False', '--
         '--embd_conv=2', '--optim=muon', '--lr_schedule=wsd', '--data_order=epochs']
 
 
+# prints the peak of this process's memory in KiB, on Linux. ru_maxrss would be at least that of the
+# process that started this one
+PRINT_PEAK = """
+with open('/proc/self/status') as f:
+    print(next(line.split()[1] for line in f if line.startswith('VmHWM')))
+"""
+
 # starts scripts. Most of a short run is the import of torch, so a server imports it once, and each
 # run is a fork of the server. The server must never compute anything: the threads that computing
 # starts don't survive a fork

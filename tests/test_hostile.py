@@ -15,7 +15,7 @@ import zipfile
 import numpy
 import pytest
 import torch
-from conftest import ROOT, TINY, run
+from conftest import PRINT_PEAK, ROOT, TINY, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -551,7 +551,6 @@ def test_fuzzed_folders(tmp_path_factory, data):
 
 
 CODE = '''
-import resource, sys
 from model import GPT, GPTConfig
 from runtime import checkpoint, huggingface, restore, tokenizer
 def build(folder):
@@ -562,8 +561,7 @@ for function, folder in ((build, 'larger'), (build, 'shared'), (huggingface.read
         function(folder)
     except SystemExit:
         pass
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-'''
+''' + PRINT_PEAK
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='measures memory as Linux counts it')
