@@ -10,12 +10,12 @@ import math
 
 import torch
 import torch.nn as nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from runtime.console import note
-from runtime.originals import has_global_hook, is_torchs, is_unchanged
+from runtime.cross_entropy import LossHead
+from runtime.originals import is_torchs, is_unchanged
 
 # where model.py has a part with a faster form, by the name of the attribute
 PLACES = {'loss_head': 'LossHead', 'attention': 'Attention'}
@@ -41,6 +41,8 @@ def accelerate(model, device_type, dtype):
         kind = next((base for base in base_names if base in fast_forms), PLACES.get(name))
         if name == 'attn' and not hasattr(part, 'attention') and 'Attention' in fast_forms:
             edited_names.add(type(part).__name__)
+        if name == 'lm_head' and (not is_unchanged(part, 'Linear') or part.bias is not None):
+            edited_names.add(name)
         if kind not in fast_forms or name == 'attn_dropout':  # only its rate is used
             continue
         if is_unchanged(part, kind) and parts.count(part) == 1:
@@ -62,8 +64,8 @@ def was_unchanged(part, kind):
 
 
 def is_fast(module):
-    """Whether the module is a faster form of a part of the model, here or in inference.py."""
-    return type(module).__module__ in (__name__, 'runtime.inference')
+    """Whether the module is a faster form of a part of the model."""
+    return type(module).__module__.startswith('runtime.')
 
 
 @contextlib.contextmanager
@@ -85,7 +87,8 @@ def loss_only(model):
 def stores_logits(model):
     """Whether the model computes its loss from all logits, because somebody has changed it."""
     loss_head = getattr(model, 'loss_head', None)
-    return not isinstance(loss_head, LossHead) or not is_unchanged(model, 'GPT')
+    return (not isinstance(loss_head, LossHead) or not is_unchanged(model, 'GPT')
+            or not loss_head.can_join(model.lm_head))
 
 
 # -----------------------------------------------------------------------------
@@ -168,8 +171,10 @@ class SquaredReLUFunction(torch.autograd.Function):
         return x * x
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError('the faster squared ReLU has no second derivative: '
+                               'do not call kernels.accelerate() for this')
         return (grad * ctx.saved_tensors[0]).mul_(2)
 
 
@@ -184,87 +189,6 @@ class SquaredReLU(nn.Module):
         if not was_unchanged(self.plain, 'SquaredReLU'):
             return self.plain(x)
         return SquaredReLUFunction.apply(x)
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """F.cross_entropy(x @ weight.T, targets, ignore_index=-1) in float32.
-
-    x (N, C), weight (V, C), targets (N). The gradients are computed in the forward pass, for some
-    rows at a time, so the logits (N, V) never exist as a whole. They would be the largest tensor
-    of all. After Hsu et al. 2024, https://arxiv.org/abs/2410.10989. F.linear_cross_entropy of
-    torch 2.13 takes twice the time, and rounds the loss to bfloat16.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, dtype, needs_grad):
-        loss = x.new_zeros((), dtype=torch.float32)
-        count = (targets != -1).sum()
-        w = weight.to(dtype)
-        dx = torch.zeros_like(x) if needs_grad else None
-        dw = torch.zeros_like(weight) if needs_grad else None
-        rows = max(1, 2 ** 25 // len(weight))
-        for i in range(0, len(x), rows):
-            x_i = x[i:i + rows].to(dtype)
-            target = targets[i:i + rows, None]
-            is_counted = target != -1
-            target = target.masked_fill(target == -1, 0)
-            logits = (x_i @ w.t()).float()  # (rows, V)
-            probs = logits.softmax(dim=-1)
-            # logsumexp from the most likely token, whose probability doesn't underflow: this
-            # saves a second exp of all logits
-            lse = logits.amax(dim=-1, keepdim=True) - probs.amax(dim=-1, keepdim=True).log()
-            loss += (lse - logits.gather(1, target)).masked_fill(~is_counted, 0.0).sum()
-            if needs_grad:  # the softmax, less 1 at the target
-                minus_one = -torch.ones_like(target, dtype=torch.float32)
-                d_logits = probs.scatter_add_(1, target, minus_one).mul_(is_counted).to(dtype)
-                dx[i:i + rows] = d_logits @ w
-                dw += d_logits.t() @ x_i
-        ctx.save_for_backward(dx, dw, count)
-        return loss / count
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        dx, dw, count = ctx.saved_tensors
-        return dx * (grad / count), dw * (grad / count), None, None, None
-
-
-# not float16: gradients that are computed before the loss is scaled would vanish in it
-DTYPES = torch.float32, torch.bfloat16
-
-
-class LossHead(nn.Module):
-    """The output layer and the loss, together where only the loss is needed and logits are large.
-
-    torch.compile joins the two by itself.
-    """
-
-    def __init__(self, loss_head):
-        super().__init__()
-        self.plain = loss_head
-        self.gives_logits = True  # see loss_only()
-        self.is_compiled = True  # with the rest of a compiled model
-
-    def forward(self, lm_head, x, targets):
-        if self.training and not self.is_compiled:
-            return self.run_eagerly(lm_head, x, targets)
-        return self.compute(lm_head, x, targets)
-
-    def compute(self, lm_head, x, targets):
-        device_type, dtype = x.device.type, x.dtype
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-        if (self.gives_logits or torch.compiler.is_compiling() or dtype not in DTYPES
-                or not is_unchanged(lm_head, 'Linear') or lm_head.bias is not None
-                or targets.numel() * lm_head.out_features <= 2 ** 22
-                or not is_unchanged(self.plain, 'LossHead') or has_global_hook()):
-            logits, loss = self.plain(lm_head, x, targets)
-            return (logits if self.gives_logits else None), loss
-        loss = LinearCrossEntropy.apply(x.flatten(0, 1), lm_head.weight, targets.flatten(), dtype,
-                                        torch.is_grad_enabled())
-        return None, loss
-
-    run_eagerly = torch.compiler.disable(compute)
 
 
 # -----------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from runtime.console import note
 CLASSES = ('GPT', 'Block', 'CausalSelfAttention', 'Attention', 'RotaryPositions', 'MLP',
            'SquaredReLU')
 TORCH_CLASSES = 'Linear', 'Embedding', 'LayerNorm', 'Dropout', 'GELU', 'ModuleList', 'ModuleDict'
+FUNCTIONS = 'embedding', 'pad', 'linear', 'layer_norm', 'gelu', 'relu'  # that these call
 
 note_once = functools.lru_cache(None)(note)
 verdicts = weakref.WeakKeyDictionary()  # {model: (what it consisted of, whether the cache fits)}
@@ -63,7 +64,8 @@ def is_original_attention(part):
 
 def is_original_model(model):
     """Whether nothing in the model was changed that computes logits."""
-    return originals.has_method(model, 'GPT.embed') and all(
+    is_patched = any(not originals.is_torchs(getattr(F, name)) for name in FUNCTIONS)
+    return not is_patched and originals.has_method(model, 'GPT.embed') and all(
         is_known(module) for path, module in model.named_modules()
         if not path.startswith('loss_head'))
 
@@ -82,9 +84,11 @@ def has_same_logits(model, idx):
     """Whether the model gives the same logits with a cache, for random tokens in a full context.
 
     Less would not show an attention that sees only the last 512 tokens. The verdict is kept until
-    a weight, a method or a number in a module changes. The tolerance is above what rounding does.
+    a weight, a method, a number in a module or a function of torch changes. The tolerance is above
+    what rounding does.
     """
-    parts = [(type(module).forward, vars(module).get('forward')) for module in model.modules()]
+    parts = [(name, getattr(F, name)) for name in FUNCTIONS]
+    parts += [(type(module).forward, vars(module).get('forward')) for module in model.modules()]
     parts += [(id(t), t.is_inference() or t._version)
               for t in (*model.parameters(), *model.buffers())]
     parts += [(name, value) for module in model.modules() for name, value in vars(module).items()

@@ -167,7 +167,7 @@ def estimate_training_bytes(config, num_params, optimizer_bytes, batch_size, dty
         layers_bytes = config.n_layer * layer_bytes
     logits = tokens * config.vocab_size
     if not stores_logits:
-        logits = min(logits, 2 ** 25)  # see kernels.LinearCrossEntropy
+        logits = min(logits, 2 ** 25)  # see cross_entropy.LinearCrossEntropy
     state_bytes = 8 * num_params + optimizer_bytes
     if parallel == 'zero1':
         state_bytes = 8 * num_params + optimizer_bytes // ranks

@@ -1,12 +1,13 @@
 """Edits of the loss take effect: in model.py and train.py, with small and with large logits."""
 import functools
+import json
 import re
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, metrics
-from edits import PlainRun, Sources, check_model_edit, load_unedited_model
+from edits import PlainRun, Sources, check_model_edit, check_sampling, load_unedited_model
 from torch.nn import functional as F
 
 from runtime import kernels
@@ -21,6 +22,8 @@ LAST_LOGITS = ('            return self.lm_head(x[:, -1:]), None  '
                '# for sampling; LossHead computes its own logits\n')
 RETURN_LOSS = '        return self.loss_head(self.lm_head, x, targets)\n'
 CLASS = 'class LossHead'
+RUN_LAYERS = '        for block in self.transformer.h:\n            x = block(x)\n'
+LAST_NORM = '        x = self.transformer.ln_f(x)\n'
 
 # places in train.py
 IMPORT = 'import gc\n'
@@ -111,6 +114,34 @@ LEARNED_TEMPERATURE = [
         return self.loss_head(self.lm_head, x / self.temperature, targets)
 ''')]
 
+TOKEN_AFTER_NEXT = (RETURN, '''
+        later = F.cross_entropy(wide_logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+        return logits, loss + 0.5 * later
+''')
+
+# Gloeckle et al. 2024, https://arxiv.org/abs/2404.19737
+SECOND_HEAD = [
+    (LM_HEAD, LM_HEAD + '        self.second = nn.Linear(config.n_embd, config.n_embd)\n'),
+    (RETURN_LOSS, '''
+        logits, loss = self.loss_head(self.lm_head, x, targets)
+        _, later = self.loss_head(self.lm_head, self.second(x[:, :-1]), targets[:, 1:])
+        return logits, loss + later
+''')]
+
+# Lee et al. 2014, https://arxiv.org/abs/1409.5185
+LOSS_OF_EACH_LAYER = [
+    (RUN_LAYERS, '        losses = []\n' + RUN_LAYERS + '''
+            if targets is not None:
+                early_x = self.transformer.ln_f(x)
+                losses.append(self.loss_head(self.lm_head, early_x, targets)[1])
+'''),
+    (RETURN_LOSS, '''
+        logits, loss = self.loss_head(self.lm_head, x, targets)
+        return logits, loss + 0.2 * sum(losses)
+''')]
+
+BIAS = (LM_HEAD, LM_HEAD.replace('bias=False', 'bias=True'))
+
 # {name: (edits, whether GPT-2's format can express the logits, the part that the line names)}
 CASES = {
     'label smoothing': ([LABEL_SMOOTHING], True, 'LossHead'),
@@ -123,10 +154,14 @@ CASES = {
     'written in GPT': ([WRITTEN_IN_GPT], True, 'GPT'),
     'penalty for activations': ([ACTIVATION_PENALTY], True, 'GPT'),
     'subclass': (SUBCLASS, True, 'SmoothLossHead'),
-    'soft cap, as a module': (SOFT_CAP, False, None),
+    'soft cap, as a module': (SOFT_CAP, False, 'lm_head'),
     'soft cap, in both places': (SOFT_CAP_TWICE, False, 'GPT, LossHead'),
     'temperature': (TEMPERATURE, False, 'GPT, LossHead'),
     'learned temperature': (LEARNED_TEMPERATURE, False, 'GPT'),
+    'token after next': ([TOKEN_AFTER_NEXT], True, 'LossHead'),
+    'second head': (SECOND_HEAD, False, 'GPT'),
+    'loss of each layer': (LOSS_OF_EACH_LAYER, True, 'GPT'),
+    'bias of the output layer': ([BIAS], False, 'lm_head'),
 }
 
 
@@ -169,6 +204,7 @@ def test_edits_of_the_loss_of_a_large_vocabulary(name, gpt2_data, unedited_losse
     sources = Sources(tmp_path, *(('model.py', old, new) for old, new in edits))
     plain = PlainRun(sources.load_model(), gpt2_data).train(3)
     check_training(sources, plain, gpt2_data, unedited_losses, part)
+    check_sampling(sources, plain, caches=True)
 
 
 def check_training(sources, plain, data_dir, unedited_losses, part):
@@ -199,6 +235,57 @@ def test_large_logits_are_left_out_only_without_edits(gpt2_data):
         logits, loss = plain.model(X, Y)
     assert logits is None and Y.numel() * plain.model.config.vocab_size > 2 ** 22
     torch.testing.assert_close(loss, plain.model(X, Y)[1])
+
+
+def test_an_edited_loss_in_bfloat16(gpt2_data, unedited_losses, tmp_path):
+    """The faster loss rounds the logits; plain torch, under autocast, is as close as that."""
+    def compute_loss(model, X, Y):
+        with torch.autocast('cpu', torch.bfloat16):
+            return model(X, Y)[1]
+
+    sources = Sources(tmp_path, ('model.py', *Z_LOSS))
+    plain = PlainRun(sources.load_model(), gpt2_data).train(3, compute_loss)
+    _, err, losses = sources.train(gpt2_data, 'out', '--max_iters=3', '--dtype=bfloat16')
+    assert read_changed_parts(err) == 'LossHead'
+    np.testing.assert_allclose(losses, plain.losses, rtol=2e-3)
+    assert losses[0] - unedited_losses[0] > 1, 'no effect'
+
+
+def test_an_edited_loss_in_bench_py(gpt2_data, unedited_losses, tmp_path):
+    shape = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4']
+    sources = Sources(tmp_path, ('model.py', *Z_LOSS))
+    result = sources.run('bench.py', *shape, '--device=cpu', '--dtype=float32', '--repeats=3',
+                         f'--dataset={gpt2_data}')
+    assert read_changed_parts(result.stderr) == 'LossHead'
+    # the training of a benchmark is short
+    assert json.loads(result.stdout.splitlines()[-1])['loss'] - unedited_losses[0] > 0.5
+
+
+def test_cross_entropy_patched_in_model_py(data_dir, tmp_path, monkeypatch):
+    unedited_losses = PlainRun(load_unedited_model(), data_dir).train(3).losses
+    functional = 'from torch.nn import functional as F\n'
+    sources = Sources(tmp_path, ('model.py', functional, f'''import functools
+
+{functional}
+F.cross_entropy = functools.partial(F.cross_entropy, label_smoothing=0.3)
+'''))
+    monkeypatch.setattr(F, 'cross_entropy', F.cross_entropy)  # undoes the patch afterwards
+    plain = PlainRun(sources.load_model(), data_dir).train(3)
+    check_training(sources, plain, data_dir, unedited_losses, 'LossHead')
+
+
+def test_another_functional_in_model_py(gpt2_data, unedited_losses, tmp_path):
+    """All parts of the model that call it run as they are written."""
+    functional = 'from torch.nn import functional as F\n'
+    sources = Sources(tmp_path, ('model.py', functional, f'''import functools
+import types
+
+{functional}
+F = types.SimpleNamespace(**vars(F))
+F.cross_entropy = functools.partial(F.cross_entropy, label_smoothing=0.3)
+'''))
+    plain = PlainRun(sources.load_model(), gpt2_data).train(3)
+    check_training(sources, plain, gpt2_data, unedited_losses, 'Attention, GPT, LossHead')
 
 
 # -----------------------------------------------------------------------------
@@ -313,3 +400,85 @@ def test_a_hook_on_the_output_layer(data_dir, tmp_path):
     np.testing.assert_allclose(losses, plain.losses, rtol=1e-4)
     val_loss = metrics(tmp_path / 'out', 'eval')[-1]['val/loss']
     np.testing.assert_allclose(val_loss, plain.evaluate(), rtol=1e-4)
+
+
+CLASS_PATCH = '''from model import LossHead
+
+
+def forward(self, lm_head, x, targets):
+    logits = lm_head(x)
+    return logits, torch.nn.functional.multi_margin_loss(logits.flatten(0, 1), targets.flatten())
+
+
+LossHead.forward = forward
+'''
+
+
+@pytest.mark.parametrize('place', [ACCELERATE, LOOP], ids=['before', 'at the loop'])
+def test_a_forward_of_the_class_set_in_train_py(place, data_dir, tmp_path):
+    def compute_margin_loss(model, X, Y):
+        logits, _ = model(X, Y)
+        return F.multi_margin_loss(logits.flatten(0, 1), Y.flatten())
+
+    sources = Sources(tmp_path, ('train.py', place, CLASS_PATCH + place))
+    _, err, losses = sources.train(data_dir, 'out', '--max_iters=3', '--eval_interval=3')
+    plain = PlainRun(load_unedited_model(), data_dir).train(3, compute_margin_loss)
+    np.testing.assert_allclose(losses, plain.losses, rtol=1e-4)
+    assert plain.losses[0] < 1.1 < PlainRun(load_unedited_model(), data_dir).train(1).losses[0]
+    if place == ACCELERATE:
+        assert read_changed_parts(err) == 'LossHead'
+
+
+WEIGHTS_AS_AN_ARGUMENT = [
+    ('model.py', 'def forward(self, lm_head, x, targets):',
+     'def forward(self, lm_head, x, targets, weights=None):'),
+    ('model.py', IGNORE, IGNORE.replace(')', ",\n" + ' ' * 31 + "reduction='none')")),
+    ('model.py', RETURN, '''
+        if weights is not None:
+            loss = loss * weights.flatten()
+        return logits, loss.mean()
+'''),
+    ('model.py', 'def forward(self, idx, targets=None):',
+     'def forward(self, idx, targets=None, weights=None):'),
+    ('model.py', RETURN_LOSS, RETURN_LOSS.replace('targets)', 'targets, weights)')),
+    ('train.py', LOSS, LOSS.replace('(X, Y)', '(X, Y, 0.5 + X % 3)'))]
+
+
+def test_weights_of_the_tokens_as_an_argument(data_dir, tmp_path):
+    sources = Sources(tmp_path, *WEIGHTS_AS_AN_ARGUMENT)
+    plain = PlainRun(sources.load_model(), data_dir)
+    plain.train(3, lambda model, X, Y: model(X, Y, 0.5 + X % 3)[1])
+    unedited = PlainRun(load_unedited_model(), data_dir).train(3)
+    check_training(sources, plain, data_dir, unedited.losses, 'GPT, LossHead')
+
+
+# Drucker & Le Cun 1992: the loss must not change much with what comes in, here the last norm
+GRADIENT_PENALTY = '''\
+            norm_weight = raw_model.transformer.ln_f.weight
+            gradient, = torch.autograd.grad(loss, norm_weight, create_graph=True)
+            loss = loss + 1e3 * gradient.square().sum()
+'''
+
+
+def test_a_gradient_penalty_in_train_py(data_dir, tmp_path):
+    """It needs the loss of model.py: the loss in pieces has no second derivative."""
+    def compute_loss(model, X, Y):
+        _, loss = model(X, Y)
+        gradient, = torch.autograd.grad(loss, model.transformer.ln_f.weight, create_graph=True)
+        return loss + 1e3 * gradient.square().sum()
+
+    plain_loss = LOSS.replace(', kernels.loss_only(raw_model)', '')
+    sources = Sources(tmp_path, ('train.py', LOSS, plain_loss + GRADIENT_PENALTY))
+    _, _, losses = sources.train(data_dir, 'out', '--max_iters=3', '--eval_interval=3')
+    plain = PlainRun(load_unedited_model(), data_dir).train(3, compute_loss)
+    np.testing.assert_allclose(losses, plain.losses, rtol=1e-3)
+    unedited = PlainRun(load_unedited_model(), data_dir).train(3)
+    assert max(abs(a - b) for a, b in zip(losses, unedited.losses)) > 1e-2, 'no effect'
+
+
+def test_a_gradient_penalty_of_a_loss_in_pieces_is_an_error(gpt2_data, tmp_path):
+    sources = Sources(tmp_path, ('train.py', LOSS, LOSS + GRADIENT_PENALTY))
+    result = sources.run('train.py', *TINY, f'--dataset={gpt2_data}', f'--out_dir={tmp_path}/out',
+                         '--max_iters=1', ok=None)
+    assert result.returncode and 'loss_only' in result.stderr
+    assert not metrics(tmp_path / 'out', 'iter')

@@ -3,7 +3,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import metrics
-from edits import PlainRun, Sources, check_export, check_model_edit, load_unedited_model
+from edits import (
+    PlainRun,
+    Sources,
+    check_export,
+    check_model_edit,
+    check_sampling,
+    load_unedited_model,
+)
 from torch.nn import functional as F
 
 # places in model.py
@@ -98,6 +105,71 @@ PROMPT_TUNING = [
         x = torch.cat((self.prompt.expand(len(x), -1, -1), x), dim=1)
 ''' + RUN_LAYERS + '        x = x[:, 3:]\n')]
 
+SHARED_MLP = ('            x = block(x)\n', '''
+            x = x + block.attn(block.ln_1(x))
+            x = x + self.transformer.h[0].mlp(block.ln_2(x))
+''')
+
+SAME_MLP = (LM_HEAD, LM_HEAD + '''
+        for block in self.transformer.h:
+            block.mlp = self.transformer.h[0].mlp
+''')
+
+LARGE_WEIGHTS = ('            nn.init.normal_(module.weight, mean=0.0, std=0.02)\n',
+                 '            nn.init.orthogonal_(module.weight)\n')
+
+SHALLOW_EVALUATION = (RUN_LAYERS, RUN_LAYERS.replace('.h:', '.h[:1 + self.training]:'))
+
+# each expert chooses half of the tokens: Zhou et al. 2022, https://arxiv.org/abs/2202.09368
+EXPERT_CHOICE = [(EXPERTS[0][0], EXPERTS[0][1].replace(
+    '        return weights', '''\
+        limits = weights.median(dim=1, keepdim=True).values
+        weights = weights.masked_fill(weights < limits, 0.0)
+        return weights''')), EXPERTS[1]]
+
+# Shazeer et al. 2017, https://arxiv.org/abs/1701.06538
+BALANCED_EXPERTS = [
+    (EXPERTS[0][0], EXPERTS[0][1].replace('        return weights', '''\
+        self.balance_loss = weights.mean(dim=(0, 1)).square().sum()
+        return weights''')),
+    EXPERTS[1],
+    ('        return self.loss_head(self.lm_head, x, targets)\n', '''
+        logits, loss = self.loss_head(self.lm_head, x, targets)
+        return logits, loss + 2 * sum(block.mlp.balance_loss for block in self.transformer.h)
+''')]
+
+# Peng et al. 2023, https://arxiv.org/abs/2305.13048
+TOKEN_SHIFT = (HIDDEN, '        x = (x + F.pad(x, (0, 0, 1, -1))) / 2\n' + HIDDEN)
+
+WARM_UP = [
+    (FC, FC + "        self.register_buffer('steps', torch.zeros(()))\n"),
+    (HIDDEN, HIDDEN + '''
+        self.steps += self.training
+        x = x * self.steps / 3
+''')]
+
+OWN_DROPOUT = [
+    ('class SquaredReLU', '''class Dropout(nn.Dropout):
+    def forward(self, x):
+        keeps = torch.rand_like(x) < 0.7
+        return x * keeps if self.training else 0.7 * x
+
+
+class SquaredReLU'''),
+    (PROJECTION, PROJECTION + '        self.dropout2 = Dropout()\n'),
+    (HIDDEN, '        x = self.dropout2(self.gelu(self.c_fc(x)))\n')]
+
+# Hu et al. 2021, https://arxiv.org/abs/2106.09685
+LOW_RANK = [
+    ('        self.rotary = ', '''\
+        self.c_attn.requires_grad_(False)
+        self.lora_a = nn.Linear(config.n_embd, 4, bias=False)
+        self.lora_b = nn.Linear(4, 3 * config.n_embd, bias=False)
+        self.rotary = '''),
+    ('self.c_attn(x).view(', '(self.c_attn(x) + 100 * self.lora_b(self.lora_a(x))).view(')]
+
+FROZEN_EMBEDDING = (LM_HEAD, LM_HEAD + '        self.transformer.wte.requires_grad_(False)\n')
+
 # {name: (edits, whether GPT-2's format can express the model, whether a cache fits)}
 CASES = {
     'SwiGLU': (SWIGLU, False, True),
@@ -117,6 +189,16 @@ CASES = {
     'noise': ([NOISE], True, True),
     'output multiplier': (MULTIPLIER, False, True),
     'prompt tuning': (PROMPT_TUNING, False, False),
+    'one MLP for all layers, in GPT': ([SHARED_MLP], False, True),
+    'one MLP for all layers': ([SAME_MLP], True, True),
+    'other initial weights': ([LARGE_WEIGHTS], True, True),
+    'experts that choose tokens': (EXPERT_CHOICE, False, False),
+    'two experts with a balance loss': (BALANCED_EXPERTS, False, True),
+    'token shift': ([TOKEN_SHIFT], False, False),
+    'a buffer that counts steps': (WARM_UP, False, True),
+    'another dropout': (OWN_DROPOUT, False, True),
+    'low-rank weights': (LOW_RANK, False, True),
+    'frozen embedding': ([FROZEN_EMBEDDING], True, True),
 }
 
 
@@ -131,6 +213,19 @@ def test_layer_drop_of_all_micro_steps(char_data, tmp_path):
     always = (LAYER, LAYER_DROP[1].replace('torch.rand(()) < 0.4', 'True'))
     plain = check_model_edit(tmp_path, char_data, always, exports=True, caches=True)
     assert plain.model.transformer.h[0].mlp.c_fc.weight not in plain.optimizer.state
+
+
+def test_fewer_layers_in_evaluation(char_data, tmp_path):
+    """In training it is the unedited model."""
+    plain = check_model_edit(tmp_path, char_data, SHALLOW_EVALUATION, caches=True, effect=-1)
+    unedited = PlainRun(load_unedited_model(), char_data)
+    unedited.model.load_state_dict(plain.model.state_dict())
+    assert abs(plain.evaluate() - unedited.evaluate()) > 1e-3, 'no effect'
+
+
+def test_a_third_power_in_place_of_the_squared_relu(char_data, tmp_path):
+    edit = ('F.relu(x).square()', '30 * F.relu(x) ** 3')
+    check_model_edit(tmp_path, char_data, edit, caches=True, relu2=True)
 
 
 @pytest.mark.parametrize('edit', [
@@ -225,3 +320,35 @@ def check_train_edit(folder, data_dir, *edits, model_edits=()):
     assert max(abs(a - b) for a, b in zip(losses, with_dropout.losses)) > 1e-3, 'no effect'
     val_loss = metrics(f'{folder}/out', 'eval')[-1]['val/loss']
     np.testing.assert_allclose(val_loss, plain.evaluate(), rtol=1e-4)
+
+
+FREEZE = {
+    'embedding': 'raw_model.transformer.wte.requires_grad_(False)',
+    'first layer': 'raw_model.transformer.h[0].requires_grad_(False)',
+    'all but the last norm': '''for name, p in raw_model.named_parameters():
+    p.requires_grad = name == 'transformer.ln_f.weight'
+''',
+}
+
+
+@pytest.mark.parametrize('name', FREEZE)
+def test_weights_frozen_in_train_py(name, char_data, tmp_path):
+    """A resumed run freezes them again, and its optimizer has the state of the others."""
+    place = 'optimizer = raw_model.configure_optimizers('
+    sources = Sources(tmp_path, ('train.py', place, f'{FREEZE[name]}\n{place}'))
+    plain = PlainRun(load_unedited_model(), char_data)
+    start = {key: weight.clone() for key, weight in plain.model.state_dict().items()}
+    exec(FREEZE[name], {'raw_model': plain.model})
+    plain.optimizer = plain.model.configure_optimizers(0.1, 3e-3, (0.9, 0.95), 'cpu')
+    plain.train(4)
+    sources.train(char_data, 'out', '--max_iters=2', '--eval_interval=2')
+    _, _, losses = sources.train(char_data, 'out', '--max_iters=4', '--eval_interval=2',
+                                 '--init_from=resume')
+    np.testing.assert_allclose(losses, plain.losses, rtol=1e-4)
+    unedited = PlainRun(load_unedited_model(), char_data).train(4)
+    assert max(abs(a - b) for a, b in zip(losses, unedited.losses)) > 1e-3, 'no effect'
+    check_sampling(sources, plain, caches=True)  # it loads the weights of the run
+    params = dict(plain.model.named_parameters())
+    for key, p in params.items():
+        assert torch.equal(p, start[key]) == (not p.requires_grad), key
+    assert {p.requires_grad for p in params.values()} == {False, True}
