@@ -110,8 +110,9 @@ def check_vocabulary(meta, state, data_dir, path, remedy='name the right one wit
         if trained_meta['stoi'] == meta.get('stoi'):
             return
         problem = f'{data_dir} has other characters'
-    else:  # nanoGPT's checkpoints have no table of characters
-        if meta['vocab_size'] == vocab_size:
+    else:  # nanoGPT's checkpoints have no table of characters, and its forks pad the vocabulary
+        padding = vocab_size - meta['vocab_size']
+        if padding == 0 or 0 < padding < 128 and vocab_size % 64 == 0:
             return
         problem = f'{data_dir} has a vocabulary of {meta["vocab_size"]}'
     fail(f'{problem}, but {path} was trained on another dataset, '

@@ -167,9 +167,7 @@ def read_characters(init_from):
             if some_words != [0, 1169, 262, 50255]:
                 raise ValueError("it is not GPT-2's BPE either")
             return None
-        vocab_size = max(stoi.values()) + 1  # some ids may have no character
-        meta = dict(vocab_size=vocab_size, stoi=stoi, itos={i: c for c, i in stoi.items()})
-        check_meta(meta)
+        meta = check_meta(dict(stoi=stoi, itos={i: c for c, i in stoi.items()}))
         if any(len(c) != 1 for c in stoi):
             raise ValueError('its tokens are longer than a character')
     except Exception as e:  # it may have anything in it
@@ -190,11 +188,10 @@ def write_folder(model, hf_dir, meta=None):
     check_weights(model, args)
     vocab_size = get_tokenizer(meta).vocab_size
     if meta:
-        stoi = meta['stoi']
-        if any(len(c) != 1 for c in stoi) or len({*stoi.values()}) < len(stoi):
-            fail('some tokens of its vocabulary are longer than a character, or have the same id',
-                 'transformers has no tokenizer for these: share the checkpoint instead')
-        vocab_size = max(stoi.values()) + 1  # some ids may have no character
+        stoi, itos = meta['stoi'], meta['itos']
+        if any(len(c) != 1 or itos.get(i) != c for c, i in stoi.items()) or len(stoi) < len(itos):
+            fail('its vocabulary is not a table of one character for each id',
+                 'transformers has no tokenizer for it: share the checkpoint instead')
     if vocab_size > args['vocab_size']:
         fail(f'the model has a vocabulary of {args["vocab_size"]}, but its tokenizer has '
              f'{vocab_size}', 'put the meta.pkl of its dataset next to the checkpoint')

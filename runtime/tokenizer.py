@@ -3,14 +3,12 @@ Tokenizers: from text to token ids and back, by a dataset's table of characters 
 """
 import ast
 import codecs
-import collections
 import os
-import pickletools
-import struct
 
 import numpy as np
 
-from runtime.console import fail, get_first_line
+from runtime import pickles
+from runtime.console import fail, get_first_line, warn
 
 END_OF_TEXT = '<|endoftext|>'
 
@@ -22,7 +20,8 @@ class CharTokenizer:
     def __init__(self, meta):
         self.stoi = meta['stoi']
         self.itos = meta['itos']
-        self.vocab_size = max(self.itos, default=-1) + 1  # the model's may be larger, padded
+        ids = (*self.itos, *self.stoi.values())
+        self.vocab_size = max(ids, default=-1) + 1  # the model's may be larger, padded
 
     def encode(self, text):
         """Token ids (list of int) of the text; fails on a character without an id."""
@@ -156,114 +155,63 @@ def count_mean_bytes(tokens, meta):
     return sum(int(lengths[tokens[i:i + 2 ** 22]].sum()) for i in pieces) / len(tokens)
 
 
-# the pickle operations that a meta.pkl may have: those that make a value, and a list
-VALUES = set("""
-    NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING
-    BINSTRING SHORT_BINSTRING UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 BINBYTES
-    SHORT_BINBYTES BINBYTES8""".split())
-LISTS = 'EMPTY_LIST EMPTY_TUPLE EMPTY_SET LIST TUPLE FROZENSET TUPLE1 TUPLE2 TUPLE3'.split()
-# those that take all items since the last mark from the stack, and those that take so many
-MARKED = 'LIST TUPLE FROZENSET DICT APPENDS ADDITEMS SETITEMS'.split()
-COUNTS = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3, 'APPEND': 1, 'SETITEM': 2, 'STACK_GLOBAL': 2,
-          'REDUCE': 2, 'BUILD': 1}
-NUMBERS = dict(zip('b1 i1 i2 i4 i8 u1 u2 u4 u8 f4 f8'.split(), '?bhiqBHIQfd'))  # numpy's, struct's
-
-
-def unpack_scalar(name, data):
-    """numpy's number or text in these bytes, of a dtype named 'i8', or 'U7' for 7 characters."""
-    if name in NUMBERS:
-        return struct.unpack('<' + NUMBERS[name], data)[0]  # raises at another length
-    if not name.startswith('U') or not len(data) == 4 * int(name[1:]) <= 256:
-        raise ValueError(f'it has {name[:20]} of numpy with {len(data)} bytes')
-    return data.decode('utf-32-le')
-
-
-# all names that a pickle may call, and what is called instead. Nothing long is copied, as many
-# copies would fill the memory: text that stands for bytes is cut, a set's items stay their list
-FUNCTIONS = {
-    'numpy.core.multiarray scalar': unpack_scalar, 'numpy._core.multiarray scalar': unpack_scalar,
-    '_codecs encode': lambda text, _: text[:256].encode('latin1'),
-    **dict.fromkeys(['numpy dtype', 'builtins set', 'builtins frozenset', '__builtin__ set',
-                     '__builtin__ frozenset'], lambda first=(), *flags: first)}
-
-
-def read_pickle(data):
-    """The dicts, lists, texts and numbers in a pickle; tuples and sets become lists.
-
-    Python doesn't read it, so nothing in it can run. Items whose key is no text or whole number are
-    left out: hashing a million tuples inside one another overflows the stack.
-    """
-    stack, marks, memo = [], [], {}
-    for opcode, arg, _ in pickletools.genops(data):
-        name = opcode.name
-        start = marks.pop() if name in MARKED else len(stack) - COUNTS.get(name, 0)
-        items = stack[start:]
-        del stack[start:]
-        arg = ' '.join(items) if name == 'STACK_GLOBAL' else arg
-        if name in VALUES:
-            stack.append(name == 'NEWTRUE' if name.startswith('NEW') else arg)
-        elif name in LISTS:
-            stack.append(items)
-        elif name in ('APPEND', 'APPENDS', 'ADDITEMS'):
-            stack[-1].extend(items)
-        elif name in ('EMPTY_DICT', 'DICT', 'SETITEM', 'SETITEMS'):
-            if name.endswith('DICT'):
-                stack.append({})
-            pairs = zip(items[::2], items[1::2])
-            stack[-1].update((key, value) for key, value in pairs if isinstance(key, (str, int)))
-        elif name == 'MARK':
-            marks.append(len(stack))
-        elif name.endswith('PUT') or name == 'MEMOIZE':
-            memo[len(memo) if arg is None else arg] = stack[-1]
-        elif name.endswith('GET') and arg in memo:
-            stack.append(memo[arg])
-        elif name.endswith('GLOBAL') and arg in FUNCTIONS:
-            stack.append(arg)
-        elif name == 'REDUCE' and items[0] in FUNCTIONS:
-            stack.append(FUNCTIONS[items[0]](*items[1]))
-        elif name == 'BUILD' and isinstance(stack[-1], str) and items[0][1] in ('<', '|'):
-            pass  # the rest of a dtype, which is its name here: only the byte order matters
-        elif name not in ('PROTO', 'FRAME', 'STOP'):
-            raise ValueError(f'it is no data, but asks for {name} {str(arg or "")[:70]}'.strip())
-    return stack.pop()
+# the bins' dtypes by the names that a meta.pkl may have for them, and how many ids each has
+DTYPES = {'uint16': 'uint16', 'u2': 'uint16', 'uint32': 'uint32', 'u4': 'uint32'}
+MAX_SIZES = {'uint16': 2 ** 16, 'uint32': 2 ** 24}
 
 
 def check_meta(meta):
     """What we know of a dict from a stranger, with plain tables: itos {int: str}, stoi {str: int}.
 
-    ValueError unless these fit its vocab_size and each other. Ids may be without a character, and
-    several characters may have one id, that of an unknown one.
+    ValueError if it has no usable vocab_size, or its tables make no text. Without a vocab_size the
+    tables say it. The dict has no tables if there were none.
     """
-    dtype = meta.get('dtype', 'uint16') if isinstance(meta, dict) else None
-    max_vocab_size = {'uint16': 2 ** 16, 'uint32': 2 ** 24}.get(dtype, 0)
-    vocab_size = meta.get('vocab_size') if max_vocab_size else None
-    if type(vocab_size) is not int or not 1 <= vocab_size <= max_vocab_size:
+    if not isinstance(meta, dict):
+        raise ValueError('it is not a dict')
+    known = {}
+    if 'stoi' in meta or 'itos' in meta:
+        known = check_tables(meta.get('stoi'), meta.get('itos'))
+    vocab_size = meta.get('vocab_size')
+    if known and vocab_size is None:
+        vocab_size = CharTokenizer(known).vocab_size
+    dtype = DTYPES.get(str(meta.get('dtype', 'uint16')).removeprefix('numpy '))
+    if 'dtype' in meta:
+        known['dtype'] = dtype
+    if type(vocab_size) is not int or not 1 <= vocab_size <= MAX_SIZES.get(dtype, 0):
         raise ValueError('it has no vocab_size from 1 to 65,536, '
                          'or to 16,777,216 with a dtype of uint32')
-    known = {key: meta[key] for key in ('vocab_size', 'dtype', 'stoi', 'itos') if key in meta}
-    if 'stoi' not in meta and 'itos' not in meta:
-        return known
-    stoi, itos = meta.get('stoi'), meta.get('itos')
+    if known.get('stoi') and CharTokenizer(known).vocab_size > vocab_size:
+        raise ValueError(f'its tables have other ids than from 0 to {vocab_size - 1}')
+    return {'vocab_size': vocab_size, **known}
+
+
+def check_tables(stoi, itos):
+    """The two tables of a meta.pkl as dicts; ValueError if they make no text.
+
+    Ids may be without a character, and characters may have the id of an unknown one.
+    """
     if isinstance(itos, (list, tuple)):
-        itos = dict(enumerate(itos))
+        itos = {i: token for i, token in enumerate(itos) if token is not None}
     if not (isinstance(stoi, dict) and isinstance(itos, dict)):
         raise ValueError('its stoi and itos are not tables')
     ids, tokens = (*itos, *stoi.values()), (*stoi, *itos.values())
     is_plain = {*map(type, ids)} <= {int} and {*map(type, tokens)} <= {str}
-    if not is_plain or not all(0 <= i < vocab_size for i in ids):
-        raise ValueError(f'its tables are not of text and whole numbers from 0 to {vocab_size - 1}')
+    if not is_plain or min(ids, default=0) < 0:
+        raise ValueError('its tables are not of text and whole numbers')
     ''.join(tokens).encode('utf-8')  # raises unless all characters are whole
-    counts = collections.Counter(stoi.values())
-    if not all(i in itos and (itos[i] == c or counts[i] > 1) for c, i in stoi.items()):
-        raise ValueError('its stoi and itos are not the same table')
-    return {**known, 'itos': itos}
+    for token, i in stoi.items():
+        if stoi.get(itos.get(i, token), i) != i:
+            raise ValueError(f'its stoi and itos are not the same table: id {i} is {token!r} in '
+                             f'one and {itos[i]!r} in the other')
+    return {'stoi': stoi, 'itos': itos}
 
 
 def read_meta(data_dir):
     """The dict in a dataset's meta.pkl: vocab_size, and itos and stoi to make text.
 
     None, if there is no meta.pkl, means GPT-2's BPE. The dict has a 'dtype' if the bins aren't
-    uint16. Nothing in the file is executed; it fails if the file isn't such a table.
+    uint16. Nothing in the file is executed. Training needs only vocab_size: tables that make no
+    text are left out, with one line. It fails if the file has neither.
     """
     path = os.path.join(data_dir, 'meta.pkl')
     if not os.path.exists(path):
@@ -271,9 +219,18 @@ def read_meta(data_dir):
     try:
         with open(path, 'rb') as f:
             data = f.read(2 ** 28)  # a table of 65,536 characters takes less than 2 MB
-        return check_meta(read_pickle(data))
+        meta = pickles.read(data, skips_keys=True)
+        sizes = {key: meta[key] for key in ('vocab_size', 'dtype') if key in meta}
+        if 'vocab_size' not in meta:
+            return check_meta(meta)
+        sizes = check_meta(sizes)
     except Exception as e:  # a damaged pickle raises almost anything
         fail(f'{path} is not a readable table ({get_first_line(e)})', 'prepare the dataset again')
+    try:
+        return check_meta(meta)
+    except ValueError as e:
+        warn(f'{path} makes no text, so it is good only for training: {get_first_line(e)}')
+        return sizes
 
 
 def read_text(path, remedy='name a text file with --input=FILE'):

@@ -309,7 +309,7 @@ def test_downloads_are_tried_again_checked_and_complete(tmp_path, capsys):
 # what data/shakespeare_char/prepare.py runs: nothing else of the repository is needed
 PREPARE_FILES = ('configurator.py', 'runtime/__init__.py', 'runtime/console.py',
                  'runtime/settings.py', 'runtime/ranges.py', 'runtime/tokenizer.py',
-                 'data/corpus.py', 'data/shakespeare_char/prepare.py')
+                 'runtime/pickles.py', 'data/corpus.py', 'data/shakespeare_char/prepare.py')
 
 
 def test_an_input_txt_in_the_folder_is_taken(tmp_path):

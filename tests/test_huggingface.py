@@ -286,12 +286,14 @@ def test_another_tokenizer_is_refused(tmp_path, bpe):
 # what the format doesn't have
 @pytest.mark.parametrize('meta, words', [
     (dict(vocab_size=3, stoi={'a': 0, 'bc': 1, 'd': 2}, itos={0: 'a', 1: 'bc', 2: 'd'}),
-     'longer than a character'),
+     'one character for each id'),
     (dict(vocab_size=3, stoi={'a': 0, 'b': 1, 'c': 2}, itos={0: 'a', 1: 'b', 2: 'c'}),
      'its tokenizer has 3'),
     (dict(vocab_size=3, stoi={'a': 0, 'b': 2}, itos={0: 'a', 2: 'b'}), 'its tokenizer has 3'),
     (dict(vocab_size=2, stoi={'a': 0, 'A': 0, 'b': 1}, itos={0: 'a', 1: 'b'}),
-     'or have the same id')])
+     'one character for each id'),
+    (dict(vocab_size=2, stoi={'a': 0, 'b': 1}, itos={0: 'a', 1: '?'}), 'one character for each'),
+    (dict(vocab_size=2, stoi={'a': 0}, itos={0: 'a', 1: '?'}), 'one character for each')])
 def test_a_vocabulary_that_the_format_cannot_express_is_refused(tmp_path, capsys, meta, words):
     model = make_ours(vocab_size=2)
     line = expect_error(capsys, huggingface.write_folder, model, str(tmp_path / 'hf'), meta)
@@ -303,7 +305,7 @@ def test_a_long_token_is_refused_in_one_line(tmp_path):
     save_ours(tmp_path / 'out', meta=meta, vocab_size=2)
     out = run('convert.py', f'--out_dir={tmp_path / "out"}', f'--hf_dir={tmp_path / "hf"}',
               ok=False)
-    assert 'longer than a character' in out.stderr and os.listdir(tmp_path) == ['out']
+    assert 'one character for each id' in out.stderr and os.listdir(tmp_path) == ['out']
 
 
 def test_options_that_gpt2_does_not_have_are_refused(tmp_path, char_data):
