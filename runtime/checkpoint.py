@@ -157,6 +157,8 @@ def load(path):
 
 def check_archive(path):
     """ValueError if the file is damaged, is compressed or has more than tensors and values."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError('it was cut short, or is in the format of torch before 1.6')
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type for entry in archive.infolist()):
             raise ValueError('it is compressed, which torch never does')
@@ -245,15 +247,18 @@ def rename_weights(weights, model_args):
 
 
 def count_bytes(value, seen_ids):
-    """The bytes of the tensors in nested containers as float32; ValueError for unusual tensors."""
+    """The bytes of the tensors in nested containers, as float32 or larger types.
+
+    ValueError for tensors that are sparse, quantized or not on a CPU.
+    """
     if id(value) in seen_ids:
         return 0
     if isinstance(value, torch.Tensor):
         seen_ids.add(id(value))
         is_plain = value.layout == torch.strided and value.device.type == 'cpu'
-        if not is_plain or value.is_quantized or value.is_complex():
+        if not is_plain or value.is_quantized:
             raise ValueError('it has a tensor that is not plain numbers on a CPU')
-        return 4 * value.numel()
+        return max(4, value.itemsize) * value.numel()
     if isinstance(value, (dict, list, tuple)):
         seen_ids.add(id(value))
         items = value.values() if isinstance(value, dict) else value

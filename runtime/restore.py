@@ -126,16 +126,18 @@ def load_optimizer(optimizer, scaler, checkpoint, path, config):
         scaler.load_state_dict(checkpoint['scaler'])
     state = checkpoint.get('optimizer')
     if not state:
+        check_moments(optimizer)
         return warn(f'{path} has no optimizer state, so the optimizer begins with none')
     name = get_optimizer_name(optimizer)
     saved_name = checkpoint.get('optimizer_name', name)
-    if saved_name != name:
+    if saved_name.lower() != name.lower():  # a fork may write 'adamw'
         fail(f'{path} has the state of {saved_name}, but the optimizer is {name}',
              'use the optimizer of that run, or another checkpoint')
     groups = [dict(group) for group in optimizer.param_groups]
     is_known = type(get_local_optimizer(optimizer)) in (torch.optim.AdamW, LowMemoryAdamW, Muon)
     if is_known and not any(group.get('amsgrad') for group in groups):
         load_adamw(optimizer, state, path)
+        check_moments(optimizer)
     else:
         sizes = checkpoint['model_args']['block_size'], config['block_size']
         load_other_optimizer(optimizer, state, path, sizes)
@@ -183,9 +185,14 @@ def load_adamw(optimizer, state, path):
     except Exception as e:  # it may have anything in it
         fail(f'the optimizer state in {path} does not fit its weights ({get_first_line(e)})',
              'use the --optim of that run, or another checkpoint')
-    beta2 = optimizer.param_groups[0]['betas'][1]
-    if moments_dtype == torch.bfloat16 and beta2 > 0.99:
-        fail(f'moments in bfloat16 stand still with beta2={beta2}, which {path} has',
+
+
+def check_moments(optimizer):
+    """Fails if AdamW's moments are in bfloat16, and beta2 is too close to 1 for that."""
+    dtype = getattr(get_local_optimizer(optimizer), 'moments_dtype', torch.float32)
+    beta2 = optimizer.param_groups[0].get('betas', (0, 0))[1]
+    if dtype == torch.bfloat16 and beta2 > 0.99:
+        fail(f'moments in bfloat16 stand still with beta2={beta2}, which this run has',
              'use --moments_dtype=float32')
 
 
@@ -203,11 +210,11 @@ def load_other_optimizer(optimizer, state, path, sizes):
     It goes by the optimizer's own load_state_dict(), which takes the settings of its groups, too.
     sizes are the block_size of the checkpoint and of this run.
     """
-    if 'state' not in state:  # it has a form of its own
-        return optimizer.load_state_dict(state)
     groups = [dict(group) for group in optimizer.param_groups]
     params = [p for group in groups for p in group['params']]
     try:
+        if 'state' not in state:  # it has a form of its own
+            return optimizer.load_state_dict(state)
         states = {}
         for i, values in state['state'].items():
             states[i] = {key: fit_value(value, params[i], *sizes) for key, value in values.items()}

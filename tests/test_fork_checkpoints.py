@@ -141,6 +141,38 @@ def test_weights_in_other_forms(fork, tmp_path, capsys, kind):
     assert again.lm_head.weight is again.transformer.wte.weight
 
 
+def test_a_complex_buffer(fork, tmp_path, capsys):
+    """As rotary positions are often written."""
+    angles = torch.polar(torch.ones(8, 4), torch.rand(8, 4))
+    state = {**fork, 'model': {**fork['model'], 'angles': angles}}
+    checkpoint.save(state, str(tmp_path))
+    state, err = load(state, tmp_path, capsys)
+    assert torch.equal(state['model']['angles'], angles) and not err
+
+
+def test_a_name_of_the_optimizer_in_small_letters(trained, char_data, tmp_path):
+    state = torch.load(os.path.join(trained, 'ckpt.pt'), weights_only=True)
+    for name, ok in (('adamw', True), ('lion', False)):
+        torch.save({**state, 'optimizer_name': name, 'finished': None}, tmp_path / 'ckpt.pt')
+        out = run('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={tmp_path}',
+                  '--init_from=resume', '--max_iters=61', ok=ok)
+        assert ok or 'has the state of lion, but the optimizer is AdamW' in out.stderr
+
+
+def test_moments_in_bfloat16_without_a_state(trained, char_data, tmp_path):
+    state = torch.load(os.path.join(trained, 'ckpt.pt'), weights_only=True)
+    torch.save({**state, 'optimizer': None, 'finished': None}, tmp_path / 'ckpt.pt')
+    out = run('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={tmp_path}', '--beta2=0.999',
+              '--init_from=resume', '--max_iters=61', '--moments_dtype=bfloat16', ok=False)
+    assert 'stand still with beta2=0.999' in out.stderr
+
+
+def test_a_checkpoint_in_the_old_format_of_torch(fork, tmp_path):
+    torch.save(fork, tmp_path / 'ckpt.pt', _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match='format of torch before 1.6'):
+        checkpoint.load(str(tmp_path / 'ckpt.pt'))
+
+
 @pytest.mark.parametrize('args, marks', [
     ({}, set()), ({'qk_norm': False, 'relu2': False}, set()), ({'qk_norm': True}, {'qk_norm'}),
     ({'relu2': True}, {'relu2'}), ({'qk_norm': True, 'relu2': True}, {'qk_norm', 'relu2'})])

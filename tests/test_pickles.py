@@ -110,4 +110,7 @@ def test_what_could_not_be_read_again_is_not_saved(value, tmp_path):
     with pytest.raises(Exception, match='frozenset|scalar|int|range|eval'):
         checkpoint.save({**good_state(), 'config': {'a': value}}, str(tmp_path))
     assert (tmp_path / 'ckpt.pt').read_bytes() == content
+    sparse = {**good_state()['model'], 'x': torch.eye(3).to_sparse()}
+    with pytest.raises(ValueError, match='_rebuild_sparse_tensor'):
+        checkpoint.save({**good_state(), 'model': sparse}, str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ['ckpt.pt']
