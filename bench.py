@@ -32,6 +32,7 @@ from model import GPT, GPTConfig
 from runtime import checkpoint, inference, kernels, machine, optimizers, report, settings, timing
 from runtime.console import ROOT, fail, format_bytes
 from runtime.dataset import DataOrder, check_ids, locate_data, move_to_device, open_bin
+from runtime.restore import choose_args
 from runtime.tokenizer import read_meta
 
 # what to measure
@@ -108,8 +109,9 @@ options = {field.name for field in dataclasses.fields(GPTConfig)} - {'vocab_size
 if options - set(config):
     fail(f'GPTConfig has {", ".join(options - set(config))}, but bench.py does not',
          'add it to the settings of bench.py')
-model = GPT(GPTConfig(vocab_size=vocab_size, **{name: config[name] for name in options}))
-num_params, flops_per_token = model.get_num_params(), model.flops_per_token()
+model = GPT(GPTConfig(vocab_size=vocab_size, **choose_args(GPTConfig, config)))
+num_params = model.get_num_params()
+flops_per_token = model.estimate_mfu(1, 1.0) * machine.A100_FLOPS / block_size
 kernels.accelerate(model, device_type, dtype)
 if activation_checkpointing:
     kernels.recompute_blocks(model)
@@ -202,7 +204,7 @@ def prepare_sampling():
         inference.pack_linears(model, num_samples)
     length = max_new_tokens if what == 'decode' else 1
     return torch.inference_mode()(lambda: model.generate(
-        prompt, length, temperature=0.8, top_k=200, vocab_size=vocab_size))
+        prompt, length, temperature=0.8, top_k=200))
 
 
 def prepare_transformers():

@@ -1,4 +1,5 @@
 """From a checkpoint to a model and an optimizer: nanoGPT's checkpoints and ours."""
+import dataclasses
 import json
 import os
 import shutil
@@ -26,6 +27,12 @@ def shakespeare_data(shakespeare, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp('shakespeare_char'))
     run('data/shakespeare_char/prepare.py', f'--input={shakespeare}', f'--out_dir={folder}')
     return folder
+
+
+def test_the_options_have_the_defaults_of_the_model():
+    newer_fields = {field.name: field.default for field in dataclasses.fields(GPTConfig)
+                    if field.name not in (*checkpoint.NANOGPT_ARGS, 'gelu')}
+    assert restore.OPTIONS == newer_fields
 
 
 def test_nanogpt_checkpoint_predicts_what_it_did_there(facts, golden_data, shakespeare_data):
