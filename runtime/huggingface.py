@@ -266,12 +266,15 @@ def check_logits(model, args, folder):
     idx = torch.randint(V, (1, T), generator=torch.Generator().manual_seed(1337))
     idx[0, T // 4] = V - 1  # GPT-2's end of a text, which an edit may treat as a border
     inputs = [idx[:, :length] for length in (1, max(1, T // 2), T)]
+    targets = idx[:, :64]  # with targets the model gives all logits, which somebody may have edited
     model.eval()
     logging.disable_progress_bar()
     with torch.no_grad():
-        ours = torch.cat([model(x)[0][:, -1, :V] for x in inputs])
+        ours = torch.cat([*(model(x)[0][:, -1, :V] for x in inputs),
+                          model(targets, targets)[0][0, :, :V]])
         hf = GPT2LMHeadModel.from_pretrained(folder)
-        theirs = torch.cat([hf(x, logits_to_keep=1, use_cache=False).logits[:, -1] for x in inputs])
+        theirs = [hf(x, logits_to_keep=1, use_cache=False).logits[:, -1] for x in inputs]
+        theirs = torch.cat([*theirs, hf(targets).logits[0]])
     difference = (ours - theirs).abs().max()
     if not difference <= TOLERANCE * ours.abs().max():  # it may also be nan
         fail(f'in transformers the logits differ by {difference:.1e}: model.py computes something '

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, metrics
-from edits import PlainRun, Sources, check_model_edit, check_sampling, load_unedited_model
+from edits import (
+    PlainRun,
+    Sources,
+    check_export,
+    check_model_edit,
+    check_sampling,
+    load_unedited_model,
+)
 from torch.nn import functional as F
 
 from runtime import kernels
@@ -482,3 +489,9 @@ def test_a_gradient_penalty_of_a_loss_in_pieces_is_an_error(gpt2_data, tmp_path)
                          '--max_iters=1', ok=None)
     assert result.returncode and 'loss_only' in result.stderr
     assert not metrics(tmp_path / 'out', 'iter')
+
+
+@pytest.mark.parametrize('edit', TEMPERATURE, ids=['in training', 'in sampling'])
+def test_logits_that_are_edited_in_one_place_are_not_exported(edit, data_dir, tmp_path):
+    module = Sources(tmp_path, ('model.py', *edit)).load_model()
+    check_export(str(tmp_path), PlainRun(module, data_dir), exports=False)
