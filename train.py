@@ -165,7 +165,7 @@ state = None  # frees the memory
 # -----------------------------------------------------------------------------
 # the data: windows[split][i] are the tokens i to i + block_size, read from the file when used
 tokens, windows = {}, {}
-for split in ('train', 'val'):
+for split in ('train', 'val'):  # a split that you add here is evaluated, too
     bin_path = os.path.join(data_dir, f'{split}.bin')
     tokens[split] = open_bin(bin_path, block_size, raw_model.config.vocab_size, meta)
     windows[split] = np.lib.stride_tricks.sliding_window_view(tokens[split], block_size + 1)
@@ -183,12 +183,14 @@ def get_batch(split, starts):
 
 def get_train_batch(iter_num, micro_step):
     """The batch of this rank in a micro-step. It depends only on the seed and these numbers."""
+    seed_micro_step(iter_num, micro_step, 1)  # for a get_batch that draws
     return get_batch('train', order.get_starts(iter_num, micro_step * ddp_world_size + ddp_rank))
 
 
-def seed_micro_step(iter_num, micro_step):
+def seed_micro_step(iter_num, micro_step, part=0):
     """Makes dropout, and all else that draws, depend only on the seed and these numbers."""
-    sequence = np.random.SeedSequence((seed, iter_num, micro_step * ddp_world_size + ddp_rank))
+    index = micro_step * ddp_world_size + ddp_rank
+    sequence = np.random.SeedSequence((seed, iter_num, index, part))
     torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 
@@ -197,7 +199,7 @@ def estimate_loss():
     """The mean loss of each split, always on the same batches; None if the run must stop."""
     losses = {}
     model.eval()
-    for split in ('train', 'val'):
+    for split in tokens:
         batches, total_weight = list_eval_batches(tokens, split, block_size, batch_size, eval_iters,
                                                   ddp_rank, ddp_world_size)
         loss_sum = torch.zeros((), device=device)
@@ -317,7 +319,7 @@ while True:
             break
         is_best = losses['val'] < best_val_loss
         best_val_loss = min(best_val_loss, losses['val'])
-        metrics = {'iter': iter_num, 'train/loss': losses['train'], 'val/loss': losses['val'],
+        metrics = {'iter': iter_num, **{f'{split}/loss': losses[split] for split in losses},
                    'lr': lr, 'mfu': mfu and 100 * mfu}
         if token_bytes:
             metrics['val/bits_per_byte'] = losses['val'] / math.log(2) / token_bytes

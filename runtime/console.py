@@ -8,6 +8,7 @@ import contextlib
 import io
 import os
 import sys
+import textwrap
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the repository's folder
@@ -69,9 +70,9 @@ def fail(what, remedy='', who='rank 0'):
 
 
 def get_first_line(e):
-    """The first line of an exception's text, at most 200 characters; else its type's name."""
+    """The first line of an exception's text, cut to 200 characters; else its type's name."""
     text = str(e).strip() or type(e).__name__
-    return text.splitlines()[0][:200]
+    return textwrap.shorten(text.splitlines()[0], 200, placeholder=' ...')
 
 
 def shorten_path(path):

@@ -4,7 +4,7 @@ The output layer and the loss in one, so that the logits of a large vocabulary a
 import torch
 import torch.nn as nn
 
-from runtime.originals import has_global_hook, is_unchanged
+from runtime.originals import has_global_hook, is_patched, is_unchanged
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -54,6 +54,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 # not float16: gradients that are computed before the loss is scaled would vanish in it
 DTYPES = torch.float32, torch.bfloat16
+TENSORS = torch.Tensor, nn.Parameter  # a subclass may multiply in its own way
 
 
 class LossHead(nn.Module):
@@ -76,14 +77,15 @@ class LossHead(nn.Module):
     def can_join(self, lm_head):
         """Whether nobody has changed this output layer or the loss."""
         return (is_unchanged(lm_head, 'Linear') and lm_head.bias is None
-                and is_unchanged(self.plain, 'LossHead') and not has_global_hook())
+                and is_unchanged(self.plain, 'LossHead') and not is_patched(self)
+                and not has_global_hook())
 
     def compute(self, lm_head, x, targets):
         device_type, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
         if (self.gives_logits or torch.compiler.is_compiling() or dtype not in DTYPES
-                or not self.can_join(lm_head)
+                or not self.can_join(lm_head) or type(lm_head.weight) not in TENSORS
                 or targets.numel() * lm_head.out_features <= 2 ** 22):
             logits, loss = self.plain(lm_head, x, targets)
             return (logits if self.gives_logits else None), loss

@@ -175,15 +175,16 @@ def list_eval_batches(tokens, split, block_size, batch_size, eval_iters, rank=0,
     the other targets. Each rank has the same number of batches, perhaps a last one of weight 0.
     total_weight is that of all ranks.
 
-    eval_iters batches are evenly spaced over the split. With eval_iters=0 the val split's
-    sequences are next to one another, so that every token is predicted once.
+    eval_iters batches are evenly spaced over the split. With eval_iters=0 the sequences are next to
+    one another, so that every token is predicted once; of train it is as many as of val.
     """
     last_start = len(tokens[split]) - block_size - 1  # the last start that leaves room for a target
-    num_batches = eval_iters or math.ceil((len(tokens['val']) - 1) / block_size / batch_size)
+    exact_split = 'val' if split == 'train' else split
+    num_batches = eval_iters or math.ceil((len(tokens[exact_split]) - 1) / block_size / batch_size)
     num_sequences = num_batches * batch_size
     starts = np.linspace(0, last_start, num_sequences).astype(np.int64)
     num_repeated = np.zeros_like(starts)
-    if eval_iters == 0 and split == 'val':
+    if eval_iters == 0 and split != 'train':
         adjacent_starts = np.arange(num_sequences) * block_size
         starts = np.minimum(adjacent_starts, last_start)
         num_repeated = np.minimum(adjacent_starts - starts, block_size)

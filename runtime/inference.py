@@ -5,8 +5,8 @@ import torch
 import torch.nn as nn
 
 from runtime.console import get_first_line, note
-from runtime.kv_cache import CachedModel, can_cache, is_original_model, note_once
-from runtime.originals import is_original, is_unchanged
+from runtime.kv_cache import CachedModel, can_cache, check_heads, note_once
+from runtime.originals import is_original, is_original_model, is_unchanged
 
 
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None,
@@ -53,6 +53,7 @@ def draw_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=N
     block_size = model.config.block_size
     idx = idx[:, -block_size:]
     cached_model = None
+    check_heads(model, idx)
     if can_cache(model, idx, use_cache):
         size = min(block_size, idx.size(1) + max_new_tokens)
         cached_model = CachedModel(model, size, static=idx.is_cuda)
@@ -128,6 +129,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear, rows):
         super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.blocks = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
         self.bias = linear.bias
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from runtime.console import note
 from runtime.cross_entropy import LossHead
-from runtime.originals import is_torchs, is_unchanged
+from runtime.originals import is_fast, is_original_model, is_torchs, is_unchanged
 
 # where model.py has a part with a faster form, by the name of the attribute
 PLACES = {'loss_head': 'LossHead', 'attention': 'Attention'}
@@ -43,29 +43,31 @@ def accelerate(model, device_type, dtype):
             edited_names.add(type(part).__name__)
         if name == 'lm_head' and (not is_unchanged(part, 'Linear') or part.bias is not None):
             edited_names.add(name)
-        if kind not in fast_forms or name == 'attn_dropout':  # only its rate is used
-            continue
-        if is_unchanged(part, kind) and parts.count(part) == 1:
+        if kind not in fast_forms or name == 'attn_dropout' or is_fast(part):
+            continue  # of attn_dropout only the rate is used
+        if kind == 'Dropout' and is_unchanged(part, kind):
+            part.__class__ = Dropout  # somebody may have put it into a list, to change its rate
+        elif is_unchanged(part, kind) and parts.count(part) == 1 and is_stateless(part):
             setattr(parent, name, fast_forms[kind](part).train(part.training))
         else:
             edited_names.add(type(part).__name__)
-    if device_type == 'cpu' and dtype == 'bfloat16' and is_unchanged(model, 'GPT'):
+    if device_type == 'cpu' and dtype == 'bfloat16' and is_original_model(model):
         drop = model.transformer.drop
-        if type(drop) is Dropout:
-            model.transformer.drop = EmbeddingDropout(drop).train(drop.training)
+        if type(drop) is Dropout and parts.count(drop) == 1:
+            drop.__class__ = EmbeddingDropout
     if edited_names:
         note('changed parts of the model run as they are written, so they may be slower and take '
              'more memory: ' + ', '.join(sorted(edited_names)))
 
 
+def is_stateless(part):
+    """Whether nobody has given this part weights or other attributes."""
+    return not part.state_dict() and vars(part).keys() == vars(nn.Module()).keys()
+
+
 def was_unchanged(part, kind):
     """is_unchanged() for a part that was replaced: somebody may have changed its class since."""
     return torch.compiler.is_compiling() or is_unchanged(part, kind)
-
-
-def is_fast(module):
-    """Whether the module is a faster form of a part of the model."""
-    return type(module).__module__.startswith('runtime.')
 
 
 @contextlib.contextmanager
@@ -74,14 +76,15 @@ def loss_only(model):
 
     If the loss or the forward pass of the model was changed, there are logits nevertheless.
     """
-    can_skip = not stores_logits(model)
-    if can_skip:
-        model.loss_head.gives_logits = False
+    loss_head = None if stores_logits(model) else model.loss_head
+    if loss_head:
+        gave_logits = loss_head.gives_logits
+        loss_head.gives_logits = False
     try:
         yield
     finally:
-        if can_skip:
-            model.loss_head.gives_logits = True
+        if loss_head:
+            loss_head.gives_logits = gave_logits
 
 
 def stores_logits(model):
@@ -93,6 +96,9 @@ def stores_logits(model):
 
 # -----------------------------------------------------------------------------
 # parts of the model
+MAX_DROPOUT = 0.99  # with a higher rate the bits of draw_mask() would be too few
+
+
 def draw_mask(x, p):
     """For dropout on a CPU: 0 with probability p (to 2**-16), else 1, in the shape and type of x.
 
@@ -107,11 +113,8 @@ def draw_mask(x, p):
 class Dropout(nn.Dropout):
     """nn.Dropout, with fewer random bits on a CPU. Srivastava et al. 2014"""
 
-    def __init__(self, dropout):
-        super().__init__(dropout.p)
-
     def forward(self, x):
-        draws = x.device.type == 'cpu' and self.training and self.p
+        draws = x.device.type == 'cpu' and self.training and 0 < self.p <= MAX_DROPOUT
         if not draws or not (torch.compiler.is_compiling()
                              or is_torchs(nn.Dropout.forward) and is_torchs(F.dropout)):
             return super().forward(x)
@@ -147,6 +150,7 @@ class Attention(nn.Module):
         B, nh, T, hs = q.size()
         is_known = flash and type(dropout) is nn.Dropout and q.shape == k.shape == v.shape
         dropout_p = dropout.p if is_known and dropout.training else 0.0
+        is_known = is_known and dropout_p <= MAX_DROPOUT
         is_slow = dropout_p or T <= 1024 and q.dtype == torch.bfloat16 and q.requires_grad
         if (q.device.type != 'cpu' or not is_slow or not is_known
                 or not was_unchanged(self.plain, 'Attention')):

@@ -4,24 +4,19 @@ A model with a KV cache, and when it gives the same logits as without one.
 For the time of a step, some parts of the model are exchanged for parts that know the cache:
 attention sees the earlier keys and values, and positions and embeddings continue where it ends.
 """
+import contextlib
 import functools
-import weakref
+import threading
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from runtime import kernels, originals
+from runtime import originals
 from runtime.console import note
 
-# the classes that the cache was written for: model.py's, and those with a forward() of torch
-CLASSES = ('GPT', 'Block', 'CausalSelfAttention', 'Attention', 'RotaryPositions', 'MLP',
-           'SquaredReLU')
-TORCH_CLASSES = 'Linear', 'Embedding', 'LayerNorm', 'Dropout', 'GELU', 'ModuleList', 'ModuleDict'
-FUNCTIONS = 'embedding', 'pad', 'linear', 'layer_norm', 'gelu', 'relu'  # that these call
-
 note_once = functools.lru_cache(None)(note)
-verdicts = weakref.WeakKeyDictionary()  # {model: (what it consisted of, whether the cache fits)}
+lock = threading.RLock()  # several threads may generate with one model
 
 
 # -----------------------------------------------------------------------------
@@ -49,7 +44,7 @@ def can_cache(model, idx, use_cache=None):
         problem = 'it has a hook, which would see one token at a time'
     elif not problem and not all(map(is_original_attention, attentions)):
         problem = 'its attention was changed'
-    elif not problem and not is_original_model(model) and not has_same_logits(model, idx):
+    elif not problem and not originals.is_original_model(model) and not has_same_logits(model, idx):
         problem = 'it was changed, and the cache would change its logits'
     if problem:
         note_once(f'this model generates without a KV cache: {problem}')
@@ -58,69 +53,53 @@ def can_cache(model, idx, use_cache=None):
 
 def is_original_attention(part):
     """Whether nobody has changed this Attention, for which CachedAttention stands in."""
-    is_fast = kernels.is_fast(part) and not originals.is_patched(part)
+    is_fast = originals.is_fast(part) and not originals.is_patched(part)
     return originals.is_unchanged(part.plain if is_fast else part, 'Attention')
 
 
-def is_original_model(model):
-    """Whether nothing in the model was changed that computes logits."""
-    is_patched = any(not originals.is_torchs(getattr(F, name)) for name in FUNCTIONS)
-    return not is_patched and originals.has_method(model, 'GPT.embed') and all(
-        is_known(module) for path, module in model.named_modules()
-        if not path.startswith('loss_head'))
-
-
-def is_known(module):
-    """Whether the module is one that the cache was written for, and nobody has changed it."""
-    cls = type(module)
-    if kernels.is_fast(module):
-        return not originals.is_patched(module)
-    if cls.__name__ in TORCH_CLASSES:
-        return not originals.is_patched(module) and originals.is_torchs(cls.forward)
-    return any(originals.is_unchanged(module, kind) for kind in CLASSES)
-
-
-def has_same_logits(model, idx):
-    """Whether the model gives the same logits with a cache, for random tokens in a full context.
-
-    Less would not show an attention that sees only the last 512 tokens. The verdict is kept until
-    a weight, a method, a number in a module or a function of torch changes. The tolerance is above
-    what rounding does.
-    """
-    parts = [(name, getattr(F, name)) for name in FUNCTIONS]
-    parts += [(type(module).forward, vars(module).get('forward')) for module in model.modules()]
-    parts += [(id(t), t.is_inference() or t._version)
-              for t in (*model.parameters(), *model.buffers())]
-    parts += [(name, value) for module in model.modules() for name, value in vars(module).items()
-              if isinstance(value, (bool, int, float, str)) and name != 'training']
-    parts_before, verdict = verdicts.get(model, (None, None))
-    if parts == parts_before:
-        return verdict
-    training_modules = [module for module in model.modules() if module.training]
+@contextlib.contextmanager
+def keep_state(model):
+    """In this context the model is in eval mode. Then its mode and its buffers are as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     model.eval()
     try:
-        verdict = compare_logits(model, idx)
-    except Exception:  # a change that can't work with a cache may raise anything
-        verdict = False
-    for module in training_modules:
-        module.training = True
-    verdicts[model] = parts, verdict
-    return verdict
+        yield
+    finally:
+        for module, is_training in modes:  # a parent comes before its parts
+            module.train(is_training)
+        for buffer, value in buffers:
+            buffer.copy_(value)
 
 
 @torch.no_grad()
-def compare_logits(model, idx):
-    """has_same_logits(), for a model that is in eval mode: a long prompt, then three tokens.
+def has_same_logits(model, idx):
+    """Whether the model gives the same logits with and without a cache, after prompts idx (B, T).
 
-    All tokens of a small vocabulary come, because some may mean something to a changed model. So
-    does the end of the prompt idx.
+    It is asked anew by each generate(), as somebody's change may depend on anything.
+    """
+    try:
+        with keep_state(model):
+            return compare_logits(model, idx.unique(dim=0))
+    except Exception:  # a change that can't work with a cache may raise anything
+        return False
+
+
+def compare_logits(model, prompts):
+    """has_same_logits(), by a full context and three more tokens.
+
+    Less would not show an attention that sees only the last 512 tokens. After the prompts come
+    random tokens, among them the last ids and GPT-2's end of a text, which may mean something to a
+    changed model. The tolerance is above what rounding does.
     """
     T, V = model.config.block_size, model.config.vocab_size
+    special_ids = torch.tensor([0, min(50256, V - 1), V - 1])
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randperm(V, generator=generator).repeat(T // V + 1)[None, :T].to(idx.device)
-    prompt = idx[:1, -(T // 2):]
-    tokens[:, T - prompt.size(1):] = prompt
-    cached_model = CachedModel(model, T, static=idx.is_cuda)
+    ids = torch.cat((special_ids, torch.randperm(V, generator=generator))).repeat(T // V + 1)[:T]
+    prompts = prompts[:, :max(1, T - 8)]
+    ids = ids[:T - prompts.size(1)].to(prompts.device)
+    tokens = torch.cat((prompts, ids.expand(len(prompts), -1)), dim=1)  # (B, T)
+    cached_model = CachedModel(model, T, static=prompts.is_cuda)
     idx_next = tokens[:, :max(1, T - 3)]
     for n in range(idx_next.size(1), T + 1):
         logits = cached_model(idx_next)[:, -1].double()
@@ -132,6 +111,21 @@ def compare_logits(model, idx):
             return False
         idx_next = tokens[:, n:n + 1]
     return True
+
+
+@torch.no_grad()
+def check_heads(model, idx):
+    """One line if sampling has other logits than training, because somebody changed one of them."""
+    loss_head = getattr(model, 'loss_head', None)
+    loss_head = getattr(loss_head, 'plain', loss_head)
+    if originals.is_unchanged(loss_head, 'LossHead') and originals.is_unchanged(model, 'GPT'):
+        return
+    idx = idx[:1, -64:]
+    with contextlib.suppress(Exception), keep_state(model):
+        logits, expected_logits = model(idx)[0][:, -1], model(idx, idx)[0][:, -1]
+        if not torch.allclose(logits, expected_logits, rtol=1e-2, atol=1e-2):
+            note_once('this model has other logits in training than in sampling: what changes them '
+                      'must be both in LossHead and in GPT.forward of model.py')
 
 
 # -----------------------------------------------------------------------------
@@ -240,6 +234,10 @@ class CachedModel:
 
     def __call__(self, idx):
         """The logits (B, 1, V) after token ids idx (B, T)."""
+        with lock:
+            return self.run(idx)
+
+    def run(self, idx):
         self.cache.begin(idx)
         plain_parts = [modules[name] for modules, name, _ in self.parts]
         patched_embed = vars(self.model).get('embed')  # if somebody has patched it

@@ -7,6 +7,7 @@ update changes nothing, and if it has a `grad_scale`, gradients are divided by t
 import math
 
 import torch
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from runtime.console import fail, warn
 from runtime.distributed import full_tensor, get_local_optimizer, local_tensor, shard_like
@@ -28,7 +29,10 @@ def specialize(optimizer, optim, moments_dtype, momentum, model):
               for group in optimizer.param_groups]
     options = {key: optimizer.defaults[key] for key in ('lr', 'betas', 'eps')}
     if optim == 'muon':
-        matrices = {p for p in model.transformer.h.parameters() if p.dim() >= 2}
+        if not hasattr(getattr(model, 'transformer', None), 'h'):
+            fail('optim=muon needs the matrices in transformer.h, and this model has no such part',
+                 'use --optim=adamw')
+        matrices = {p for p in model.transformer.h.parameters() if p.dim() == 2}
         muon_groups = []
         for group in groups:
             group_matrices = [p for p in group['params'] if p in matrices]
@@ -135,7 +139,8 @@ class Muon(torch.optim.AdamW):
     def add_param_group(self, group):
         super().add_param_group(group)
         if 'momentum' in group:
-            refuse_options(self.param_groups[-1], 'amsgrad', 'maximize', 'differentiable')
+            refuse_options(self.param_groups[-1], 'amsgrad', 'maximize', 'differentiable',
+                           'ns_steps', 'ns_coefficients', 'adjust_lr_fn')
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -213,6 +218,8 @@ def compute_grad_norm(optimizer):
     # 0.1 ms
     grads = [p.grad for group in optimizer.param_groups for p in group['params']
              if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
     return full_tensor(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
 
 
@@ -226,9 +233,10 @@ def clip_and_step(optimizer, scaler, grad_clip):
     norm = compute_grad_norm(optimizer)
     limit = grad_clip or math.inf
     local_optim = get_local_optimizer(optimizer)
-    can_skip = getattr(local_optim, '_step_supports_amp_scaling', False)
     # torch's fused SGD takes momentum from memory that a skipped first update didn't write to
-    can_skip = can_skip and norm.device.type != 'mps' and type(local_optim) is not torch.optim.SGD
+    can_skip = (norm.device.type != 'mps' and has_original_step(local_optim)
+                and getattr(local_optim, '_step_supports_amp_scaling', False)
+                and type(local_optim) is not torch.optim.SGD)
     if scaler.is_enabled() or not can_skip:
         # a GradScaler skips bad updates itself; for an optimizer that can't, the host waits
         params = [p for group in optimizer.param_groups for p in group['params']]
@@ -243,6 +251,14 @@ def clip_and_step(optimizer, scaler, grad_clip):
         del local_optim.found_inf, local_optim.grad_scale  # the next step() may be somebody's own
     scaler.update()
     return norm
+
+
+def has_original_step(optimizer):
+    """Whether nobody's code runs in step() that would see gradients before they are clipped."""
+    has_hook = (_global_optimizer_pre_hooks
+                or getattr(optimizer, '_optimizer_step_pre_hooks', None))
+    is_original = type(optimizer).__module__.startswith(('torch.optim.', __name__))
+    return is_original and not has_hook and 'step' not in vars(optimizer)
 
 
 class BadSteps:

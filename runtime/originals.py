@@ -31,10 +31,38 @@ DIGESTS = {
 FUNCTIONS = {'Attention': 'scaled_dot_product_attention', 'SquaredReLU': 'relu',
              'LossHead': 'cross_entropy', 'Dropout': 'dropout', 'Linear': 'linear'}
 TORCH_CLASSES = 'Dropout', 'Linear'
+# the parts that compute logits: model.py's, those of torch, and the functions that these call
+CLASSES = ('GPT', 'Block', 'CausalSelfAttention', 'Attention', 'RotaryPositions', 'MLP',
+           'SquaredReLU')
+PLAIN_CLASSES = 'Linear', 'Embedding', 'LayerNorm', 'Dropout', 'GELU', 'ModuleList', 'ModuleDict'
+PLAIN_FUNCTIONS = 'embedding', 'pad', 'linear', 'layer_norm', 'gelu', 'relu'
 # the modules that model.py imports
 GLOBALS = {'torch': torch, 'nn': nn, 'F': F, 'math': math}
 FORWARD_HOOKS = '_forward_hooks', '_forward_pre_hooks'
 BACKWARD_HOOKS = '_backward_hooks', '_backward_pre_hooks'
+
+
+def is_original_model(model):
+    """Whether nothing in the model was changed that computes logits."""
+    is_patched = any(not is_torchs(getattr(F, name)) for name in PLAIN_FUNCTIONS)
+    return not is_patched and has_method(model, 'GPT.embed') and all(
+        is_known(module) for path, module in model.named_modules()
+        if not path.startswith('loss_head'))
+
+
+def is_known(module):
+    """Whether the module is one that the cache was written for, and nobody has changed it."""
+    cls = type(module)
+    if is_fast(module):
+        return not is_patched(module)
+    if cls.__name__ in PLAIN_CLASSES:
+        return not is_patched(module) and is_torchs(cls.forward)
+    return any(is_unchanged(module, kind) for kind in CLASSES)
+
+
+def is_fast(module):
+    """Whether the module is a faster form of a part of the model."""
+    return type(module).__module__.startswith('runtime.')
 
 
 def is_unchanged(module, kind):
@@ -63,7 +91,7 @@ def is_original(function, name):
 
 def is_patched(module):
     """Whether this module has hooks, or another forward() or __call__() than its class."""
-    if 'forward' in vars(module) or type(module).__call__ is not nn.Module.__call__:
+    if 'forward' in vars(module) or not is_torchs(type(module).__call__):
         return True
     return has_forward_hook(module) or any(has_hook(module, name) for name in BACKWARD_HOOKS)
 
@@ -80,24 +108,31 @@ def has_forward_hook(module):
 
 
 def has_global_hook():
-    """Whether somebody has registered such a hook for all modules."""
-    module = nn.modules.module
-    return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
+    """Whether somebody has registered a hook for all modules."""
+    names = FORWARD_HOOKS + BACKWARD_HOOKS
+    return any(getattr(nn.modules.module, f'_global{name}') for name in names)
 
 
 def is_torchs(function):
     """Whether torch defines this function, so it isn't a patch."""
-    module = getattr(function, '__module__', None) or ''
+    if not isinstance(function, (types.FunctionType, types.BuiltinFunctionType)):
+        return False
+    module = function.__module__ or ''
     return module.startswith('torch.') and not hasattr(function, '__wrapped__')
 
 
-@functools.lru_cache(None)
 def compute_digest(function):
     """A digest of a function's code without comments and docstring; '' if it can't be found."""
     if not isinstance(function, types.FunctionType) or hasattr(function, '__wrapped__'):
         return ''
+    return compute_code_digest(function.__code__)
+
+
+@functools.lru_cache(None)
+def compute_code_digest(code):
+    """compute_digest() of a function's code, which a notebook's %autoreload may exchange."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
         if ast.get_docstring(tree.body[0]) is not None:
             del tree.body[0].body[0]
     except (OSError, SyntaxError, TypeError):  # TypeError: it is a lambda within a statement

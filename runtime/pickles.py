@@ -20,24 +20,31 @@ TUPLES = {'EMPTY_TUPLE', 'TUPLE', 'TUPLE1', 'TUPLE2', 'TUPLE3'}
 MARKED = {'LIST', 'TUPLE', 'FROZENSET', 'DICT', 'APPENDS', 'ADDITEMS', 'SETITEMS'}
 COUNTS = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3, 'APPEND': 1, 'SETITEM': 2, 'STACK_GLOBAL': 2,
           'REDUCE': 2, 'BUILD': 1, 'BINPERSID': 1}
+# those that torch.load doesn't know
+META_OPERATIONS = set("""
+    INT LONG FLOAT STRING BINSTRING UNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES
+    BINBYTES8 LIST FROZENSET DICT ADDITEMS STACK_GLOBAL MEMOIZE PUT GET FRAME""".split())
 # the names of types, which are values
 TYPE_NAME = re.compile(r'torch ((b?float|q?u?int|complex)\d\w*|bool|\w+Storage)|'
-                       r'torch\.storage UntypedStorage|numpy (u?int|float)\d+|'
-                       r'builtins (int|long|float|str|unicode|list|dict)')
+                       r'torch\.storage UntypedStorage')
+META_TYPE_NAME = re.compile(r'numpy (u?int|float)\d+|builtins (int|long|float|str|unicode)')
 NUMBERS = dict(zip('b1 i1 i2 i4 i8 u1 u2 u4 u8 f4 f8'.split(), '?bhiqBHIQfd'))  # numpy's, struct's
 
 
-def read(pickled, skips_keys=False):
+def read(pickled, is_meta=False):
     """The plain values in a pickle. Sets become lists, tensors None, and types their names.
 
     The size of a tensor is checked when it is loaded. ValueError or another exception if there is
-    anything else, or if it would take more memory than it can need. skips_keys leaves out the items
-    of dicts whose keys aren't plain.
+    anything else, or if it would take more memory than it can need. A meta.pkl may also have
+    numbers of numpy and such, and dicts with other keys, whose items are left out.
     """
+    functions = {**FUNCTIONS, **META_FUNCTIONS} if is_meta else FUNCTIONS
     stack, outer_stacks, memo = [], [], {}
     num_copies = 0  # of items, by functions
     for opcode, arg, _ in pickletools.genops(pickled):
         name = opcode.name
+        if name in META_OPERATIONS and not is_meta:
+            raise ValueError(f'it asks for {name}, and torch has no such operation')
         items = []
         if name in MARKED:
             items, stack = stack, outer_stacks.pop()
@@ -59,7 +66,7 @@ def read(pickled, skips_keys=False):
             for key, value in zip(items[::2], items[1::2], strict=True):
                 if is_plain_key(key):
                     dict.update(stack[-1], {key: value})
-                elif not skips_keys:
+                elif not is_meta:
                     raise ValueError('it has a key that is not a text or a number')
         elif name == 'MARK':
             outer_stacks.append(stack)
@@ -69,12 +76,14 @@ def read(pickled, skips_keys=False):
         elif name.endswith('GET'):
             stack.append(memo[arg])
         elif name.endswith('GLOBAL'):
-            stack.append(check_name(arg or ' '.join(items)))
+            stack.append(check_name(arg or ' '.join(items), is_meta))
         elif name == 'REDUCE':
             num_copies += sum(len(value) for value in items[1] if hasattr(value, '__len__'))
             if num_copies > 4 * len(pickled):  # it copies one value again and again
                 raise ValueError('it asks for more memory than it can need')
-            stack.append(FUNCTIONS[check_name(items[0])](*items[1]))
+            if items[0] not in functions:
+                raise ValueError('it calls something that is not a function')
+            stack.append(functions[items[0]](*items[1]))
         elif name == 'BUILD':
             check_attributes(stack[-1], items[0])
         elif name == 'BINPERSID':  # the numbers of a tensor
@@ -86,12 +95,13 @@ def read(pickled, skips_keys=False):
     return stack.pop()
 
 
-def check_name(name):
+def check_name(name, is_meta):
     """The name of a function or type, as Python 3 has it; ValueError if it isn't of plain data."""
-    if type(name) is not str:
-        raise ValueError('it calls something without a name')
     name = name.replace('__builtin__ ', 'builtins ').replace('numpy.core.', 'numpy._core.')
-    if name not in FUNCTIONS and not TYPE_NAME.fullmatch(name):
+    is_known = name in FUNCTIONS or TYPE_NAME.fullmatch(name)
+    if not is_known and is_meta:
+        is_known = name in META_FUNCTIONS or META_TYPE_NAME.fullmatch(name)
+    if not is_known:
         raise ValueError(f'it asks for {name[:100]}, and data needs no code')
     return name
 
@@ -180,7 +190,9 @@ FUNCTIONS = {
     'torch._utils _rebuild_parameter': skip_tensor, 'torch Size': tuple,
     'torch device': skip_text, 'torch.serialization _get_layout': skip_text,
     'collections OrderedDict': copy_dict, 'collections Counter': copy_dict,
-    'collections defaultdict': make_dict, 'builtins set': list_items,
-    'builtins frozenset': list_items, 'builtins complex': complex,
-    'builtins bytearray': copy_bytes, '_codecs encode': encode, 'numpy dtype': name_dtype,
-    'numpy._core.multiarray scalar': unpack_scalar}
+    'builtins set': list_items, 'builtins complex': complex, 'builtins bytearray': copy_bytes,
+    '_codecs encode': encode}
+# those that torch.load doesn't know
+META_FUNCTIONS = {
+    'collections defaultdict': make_dict, 'builtins frozenset': list_items,
+    'numpy dtype': name_dtype, 'numpy._core.multiarray scalar': unpack_scalar}

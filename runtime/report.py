@@ -93,9 +93,10 @@ def print_memory(model, optimizer_bytes, config, device, dtype, compile, ranks, 
 # while it trains
 def format_eval(metrics, with_perplexity):
     """The line for an evaluation."""
+    splits = [key.removesuffix('/loss') for key in metrics if key.endswith('/loss')]
+    losses = [f'{split} loss {metrics[split + "/loss"]:.4f}' for split in splits]
+    text = f'step {metrics["iter"]}: ' + ', '.join(losses)
     val_loss = metrics['val/loss']
-    text = (f'step {metrics["iter"]}: train loss {metrics["train/loss"]:.4f}, '
-            f'val loss {val_loss:.4f}')
     if with_perplexity:
         text += f', perplexity {math.exp(min(val_loss, 700)):.2f}'
     if 'val/bits_per_byte' in metrics:

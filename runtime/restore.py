@@ -1,6 +1,7 @@
 """
 Builds a model and an optimizer from what a file has.
 """
+import textwrap
 from dataclasses import MISSING, fields
 
 import torch
@@ -34,7 +35,8 @@ def build_model(model_class, config_class, state, path, dropout=0.0, dtype=torch
             raise ValueError('its rope_base is negative')
         return assemble(model_class, config_class(**args), weights)
     except (AssertionError, TypeError, ValueError, RuntimeError) as e:
-        reason = ' '.join(str(e).split())[:300]  # load_state_dict names the weights in later lines
+        # load_state_dict names the weights in later lines
+        reason = textwrap.shorten(str(e), 300, placeholder=' ...')
         fail(f'{path} is not a readable checkpoint: {reason}',
              'use the model.py that made it, or another checkpoint')
 

@@ -219,7 +219,7 @@ def read_meta(data_dir):
     try:
         with open(path, 'rb') as f:
             data = f.read(2 ** 28)  # a table of 65,536 characters takes less than 2 MB
-        meta = pickles.read(data, skips_keys=True)
+        meta = pickles.read(data, is_meta=True)
         sizes = {key: meta[key] for key in ('vocab_size', 'dtype') if key in meta}
         if 'vocab_size' not in meta:
             return check_meta(meta)

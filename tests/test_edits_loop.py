@@ -64,9 +64,11 @@ class LoopRun(PlainRun):
             losses = []
             steps = self.micro_steps(it)
             for micro_step in range(steps):
-                sequence = np.random.SeedSequence((SEED, it, micro_step))
-                torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
-                loss = self.compute_loss(self.model, *self.get_train_batch(it, micro_step))
+                seed_micro_step(it, micro_step, 1)
+                X, Y = self.get_train_batch(it, micro_step)
+                seed_micro_step(it, micro_step)
+                loss = self.compute_loss(self.model, X, Y)
+                seed_micro_step(*divmod(it * steps + micro_step + 1, steps), 1)  # the next batch
                 (loss / steps).backward()
                 losses.append(loss.item())
             self.change_gradients(self.model, it)
@@ -81,6 +83,11 @@ class LoopRun(PlainRun):
     def get_train_batch(self, it, micro_step):
         X, Y = self.get_batch('train', self.order.get_starts(it, micro_step))
         return self.change_batch(X, Y, it)
+
+
+def seed_micro_step(it, micro_step, part=0):
+    sequence = np.random.SeedSequence((SEED, it, micro_step, part))
+    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 
 def edit_train(folder, *edits):
@@ -293,6 +300,16 @@ other_windows = np.lib.stride_tricks.sliding_window_view(other_tokens, block_siz
     check_loop(sources, data_dir, plain)
 
 
+def test_batches_with_random_tokens(char_data, tmp_path):
+    """A batch is drawn ahead of time, and a resumed run draws the same."""
+    sources = edit_train(tmp_path, (TRAIN_BATCH, TRAIN_BATCH.replace('return', 'X, Y =') + '''\
+    return X.masked_fill(torch.rand(X.shape) < 0.15, 0), Y
+'''))
+    plain = LoopRun(char_data)
+    plain.change_batch = lambda X, Y, it: (X.masked_fill(torch.rand(X.shape) < 0.15, 0), Y)
+    check_loop(sources, char_data, plain)
+
+
 def test_short_sequences_first(char_data, tmp_path):
     sources = edit_train(tmp_path, (TRAIN_BATCH, TRAIN_BATCH.replace('return', 'X, Y =') + '''\
     length = 8 if iter_num < 2 else block_size
@@ -462,13 +479,8 @@ def test_weights_that_are_frozen_at_first(char_data, tmp_path):
 # once in a while
 def test_a_third_split(char_data, tmp_path):
     data_dir = copy_data(char_data, tmp_path, 'test.bin')
-    splits = "for split in ('train', 'val'):\n"
-    new_splits = "for split in ('train', 'val', 'test'):\n"
-    sources = edit_train(
-        tmp_path, (splits + '    bin_path', new_splits + '    bin_path'),
-        (splits + '        batches', new_splits + '        batches'),
-        after(METRICS, "        metrics['test/loss'] = losses['test']\n"),
-        after(SAY_EVAL, '        print(f"test loss {losses[\'test\']:.4f}")\n'))
+    sources = edit_train(tmp_path, ("for split in ('train', 'val'):",
+                                    "for split in ('train', 'val', 'test'):"))
     plain = LoopRun(data_dir)
     plain.tokens['test'] = np.fromfile(os.path.join(data_dir, 'test.bin'), dtype='<u2')
     out, _ = check_loop(sources, data_dir, plain, effect=0)

@@ -13,7 +13,7 @@ from edits import PlainRun, Sources, check_sampling, load_unedited_model
 from test_configs import settings_of
 from torch.nn import functional as F
 
-from runtime import checkpoint, kernels, optimizers
+from runtime import checkpoint, kernels, optimizers, originals
 from runtime.inference import note_once
 
 # what makes a run of the page tiny, and like PlainRun
@@ -301,7 +301,7 @@ def test_the_parts_that_have_a_faster_form(device_type):
     module = load_unedited_model()
     model = module.GPT(module.GPTConfig(16, 20, 1, 1, 8, dropout=0.1, relu2=True))
     kernels.accelerate(model, device_type, 'float32')
-    names = {type(part).__name__ for part in model.modules() if kernels.is_fast(part)}
+    names = {type(part).__name__ for part in model.modules() if originals.is_fast(part)}
     expected = {'LossHead'}
     if device_type == 'cpu':
         expected |= {'Attention', 'Dropout', 'SquaredReLU'}
