@@ -1,6 +1,8 @@
 """
 Generating text: the prompt, one token after another, drawing a token, packed weights, CUDA graphs.
 """
+import threading
+
 import torch
 import torch.nn as nn
 
@@ -8,6 +10,7 @@ from runtime.console import get_first_line, note
 from runtime.kv_cache import CachedModel, can_cache, check_heads, note_once
 from runtime.originals import is_original, is_original_model, is_unchanged
 
+lock = threading.RLock()  # several threads may generate with one model
 
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None,
              use_cache=None):
@@ -53,10 +56,11 @@ def draw_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=N
     block_size = model.config.block_size
     idx = idx[:, -block_size:]
     cached_model = None
-    check_heads(model, idx)
-    if can_cache(model, idx, use_cache):
-        size = min(block_size, idx.size(1) + max_new_tokens)
-        cached_model = CachedModel(model, size, static=idx.is_cuda)
+    with lock:
+        check_heads(model, idx)
+        if can_cache(model, idx, use_cache):
+            size = min(block_size, idx.size(1) + max_new_tokens)
+            cached_model = CachedModel(model, size, static=idx.is_cuda)
 
     def draw(logits):
         return sample(logits[:, -1], temperature, top_k, top_p, vocab_size)
@@ -66,7 +70,7 @@ def draw_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=N
 
     idx_next = idx
     for n in range(max_new_tokens):
-        with torch.no_grad():
+        with torch.no_grad(), lock:
             if cached_model and cached_model.is_full(idx_next.size(1)):
                 cached_model = None
             if not cached_model:

@@ -6,7 +6,6 @@ attention sees the earlier keys and values, and positions and embeddings continu
 """
 import contextlib
 import functools
-import threading
 
 import torch
 import torch.nn as nn
@@ -16,7 +15,6 @@ from runtime import originals
 from runtime.console import note
 
 note_once = functools.lru_cache(None)(note)
-lock = threading.RLock()  # several threads may generate with one model
 
 
 # -----------------------------------------------------------------------------
@@ -234,10 +232,6 @@ class CachedModel:
 
     def __call__(self, idx):
         """The logits (B, 1, V) after token ids idx (B, T)."""
-        with lock:
-            return self.run(idx)
-
-    def run(self, idx):
         self.cache.begin(idx)
         plain_parts = [modules[name] for modules, name, _ in self.parts]
         patched_embed = vars(self.model).get('embed')  # if somebody has patched it
