@@ -35,8 +35,8 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
     """
     own_generate = getattr(model, 'generate', None)
     if own_generate and not can_replace(getattr(own_generate, '__func__', None)):
-        note_once('this model has another generate() than model.py had, so the tokens come from '
-                  'it, all at once, with temperature and top_k as the only options')
+        note_once('the tokens come from your own generate(): it gets temperature and top_k, and '
+                  'the other options have no effect')
         ids = own_generate(idx, max_new_tokens, temperature=temperature, top_k=top_k or None)
         yield from ids[:, idx.size(1):].split(1, dim=1)
     else:
