@@ -8,7 +8,6 @@ import contextlib
 import io
 import os
 import sys
-import textwrap
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the repository's folder
@@ -72,7 +71,12 @@ def fail(what, remedy='', who='rank 0'):
 def get_first_line(e):
     """The first line of an exception's text, cut to 200 characters; else its type's name."""
     text = str(e).strip() or type(e).__name__
-    return textwrap.shorten(text.splitlines()[0], 200, placeholder=' ...')
+    return shorten(text.splitlines()[0], 200)
+
+
+def shorten(text, length):
+    """The text, with ' ...' in place of what is beyond this length."""
+    return text if len(text) <= length else text[:length] + ' ...'
 
 
 def shorten_path(path):

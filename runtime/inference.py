@@ -58,7 +58,7 @@ def draw_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=N
     cached_model = None
     with lock:
         check_heads(model, idx)
-        if can_cache(model, idx, use_cache):
+        if can_cache(model, idx, use_cache, max_new_tokens):
             size = min(block_size, idx.size(1) + max_new_tokens)
             cached_model = CachedModel(model, size, static=idx.is_cuda)
 

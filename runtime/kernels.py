@@ -36,6 +36,7 @@ def accelerate(model, device_type, dtype):
     places = [(parent, name, part) for parent in model.modules() if not is_fast(parent)
               for name, part in parent.named_children() if not is_fast(part)]
     parts = [part for _, _, part in places]
+    attn_dropouts = {part for _, name, part in places if name == 'attn_dropout'}
     for parent, name, part in places:
         base_names = [base.__name__ for base in type(part).__mro__]
         kind = next((base for base in base_names if base in fast_forms), PLACES.get(name))
@@ -43,7 +44,7 @@ def accelerate(model, device_type, dtype):
             edited_names.add(type(part).__name__)
         if name == 'lm_head' and (not is_unchanged(part, 'Linear') or part.bias is not None):
             edited_names.add(name)
-        if kind not in fast_forms or name == 'attn_dropout' or is_fast(part):
+        if kind not in fast_forms or part in attn_dropouts or is_fast(part):
             continue  # of attn_dropout only the rate is used
         if kind == 'Dropout' and is_unchanged(part, kind):
             part.__class__ = Dropout  # somebody may have put it into a list, to change its rate
@@ -115,7 +116,7 @@ class Dropout(nn.Dropout):
 
     def forward(self, x):
         draws = x.device.type == 'cpu' and self.training and 0 < self.p <= MAX_DROPOUT
-        if not draws or not (torch.compiler.is_compiling()
+        if not draws or self.inplace or not (torch.compiler.is_compiling()
                              or is_torchs(nn.Dropout.forward) and is_torchs(F.dropout)):
             return super().forward(x)
         return x * draw_mask(x, self.p) * (1 / (1 - self.p))

@@ -234,7 +234,8 @@ def clip_and_step(optimizer, scaler, grad_clip):
     limit = grad_clip or math.inf
     local_optim = get_local_optimizer(optimizer)
     # torch's fused SGD takes momentum from memory that a skipped first update didn't write to
-    can_skip = (norm.device.type != 'mps' and has_original_step(local_optim)
+    can_skip = (norm.device.type != 'mps' and has_original_step(optimizer)
+                and has_original_step(local_optim)
                 and getattr(local_optim, '_step_supports_amp_scaling', False)
                 and type(local_optim) is not torch.optim.SGD)
     if scaler.is_enabled() or not can_skip:
@@ -255,9 +256,9 @@ def clip_and_step(optimizer, scaler, grad_clip):
 
 def has_original_step(optimizer):
     """Whether nobody's code runs in step() that would see gradients before they are clipped."""
-    has_hook = (_global_optimizer_pre_hooks
-                or getattr(optimizer, '_optimizer_step_pre_hooks', None))
-    is_original = type(optimizer).__module__.startswith(('torch.optim.', __name__))
+    step = getattr(type(optimizer), 'step', None)
+    is_original = (getattr(step, '__module__', None) or '').startswith(('torch.', __name__))
+    has_hook = _global_optimizer_pre_hooks or getattr(optimizer, '_optimizer_step_pre_hooks', None)
     return is_original and not has_hook and 'step' not in vars(optimizer)
 
 

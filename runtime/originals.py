@@ -107,9 +107,8 @@ def has_forward_hook(module):
     return any(has_hook(module, name) for name in FORWARD_HOOKS)
 
 
-def has_global_hook():
+def has_global_hook(names=FORWARD_HOOKS + BACKWARD_HOOKS):
     """Whether somebody has registered a hook for all modules."""
-    names = FORWARD_HOOKS + BACKWARD_HOOKS
     return any(getattr(nn.modules.module, f'_global{name}') for name in names)
 
 

@@ -27,7 +27,8 @@ META_OPERATIONS = set("""
 # the names of types, which are values
 TYPE_NAME = re.compile(r'torch ((b?float|q?u?int|complex)\d\w*|bool|\w+Storage)|'
                        r'torch\.storage UntypedStorage')
-META_TYPE_NAME = re.compile(r'numpy (u?int|float)\d+|builtins (int|long|float|str|unicode)')
+META_TYPE_NAME = re.compile(r'numpy (u?int|float)\d+|'
+                            r'builtins (int|long|float|str|unicode|list|dict)')
 NUMBERS = dict(zip('b1 i1 i2 i4 i8 u1 u2 u4 u8 f4 f8'.split(), '?bhiqBHIQfd'))  # numpy's, struct's
 
 

@@ -1,13 +1,12 @@
 """
 Builds a model and an optimizer from what a file has.
 """
-import textwrap
 from dataclasses import MISSING, fields
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from runtime.console import fail, get_first_line, say, warn
+from runtime.console import fail, get_first_line, say, shorten, warn
 from runtime.distributed import get_local_optimizer, shard_like
 from runtime.optimizers import LowMemoryAdamW, Muon
 
@@ -36,7 +35,7 @@ def build_model(model_class, config_class, state, path, dropout=0.0, dtype=torch
         return assemble(model_class, config_class(**args), weights)
     except (AssertionError, TypeError, ValueError, RuntimeError) as e:
         # load_state_dict names the weights in later lines
-        reason = textwrap.shorten(str(e), 300, placeholder=' ...')
+        reason = shorten(' '.join(str(e).split()), 300)
         fail(f'{path} is not a readable checkpoint: {reason}',
              'use the model.py that made it, or another checkpoint')
 

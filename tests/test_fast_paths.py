@@ -489,3 +489,105 @@ def test_options_that_muon_does_not_have(option, capsys):
     with pytest.raises(SystemExit):
         optimizers.specialize(adamw, 'muon', 'float32', 0.95, model)
     assert 'this optimizer has no' in capsys.readouterr().err
+
+
+def test_a_patched_step_of_torchs_class(undo):
+    p = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([p], fused=True)
+    undo.setattr(torch.optim.AdamW, 'step', OwnStep.step)
+    p.grad = torch.tensor([30.0, 40.0])
+    optimizers.clip_and_step(optimizer, torch.amp.GradScaler('cpu', enabled=False), 1.0)
+    torch.testing.assert_close(p.data, torch.tensor([-0.6, -0.8]))
+
+
+# -----------------------------------------------------------------------------
+# what stays fast, and says nothing
+def square_activations(model):
+    for block in model.transformer.h:
+        block.mlp.gelu = nn.Sequential(nn.ReLU(), nn.Hardtanh(0, 3))
+    return model
+
+
+def test_few_tokens_of_a_changed_model_are_not_worth_a_comparison(capsys):
+    """It takes some full contexts."""
+    model = square_activations(make_model(block_size=512))
+    lengths = []
+    model.transformer.wte.forward = lambda idx: (lengths.append(idx.size(1)),
+                                                 F.embedding(idx, model.transformer.wte.weight))[1]
+    check_generate(model, make_prompt(), 2)
+    assert max(lengths) < 10 and capsys.readouterr().err == ''
+    check_generate(model, make_prompt(), 120)
+    assert max(lengths) == 512
+
+
+def test_ids_that_are_looked_up_by_the_next_token():
+    class Following(GPT):
+        def embed(self, idx):
+            x = super().embed(idx)
+            return x * (1 + (F.pad(idx, (1, 0), value=-1)[:, :-1] == 0)[..., None])
+
+    model = make_model(65, Following)
+    assert not kv_cache.can_cache(model, make_prompt(vocab_size=65))
+
+
+def test_hooks_of_the_backward_pass_leave_the_cache(capsys):
+    model = make_model()
+    handle = nn.modules.module.register_module_full_backward_hook(lambda *args: None)
+    try:
+        assert kv_cache.can_cache(model, make_prompt())
+    finally:
+        handle.remove()
+    assert capsys.readouterr().err == ''
+
+
+def test_dropouts_in_a_module_list():
+    """Those of attention stay nn.Dropout, as Attention asks for that."""
+    model = make_model(dropout=0.1)
+    model.dropouts = nn.ModuleList(x for x in model.modules() if isinstance(x, nn.Dropout))
+    kernels.accelerate(model, 'cpu', 'float32')
+    assert type(model.transformer.h[0].attn.attn_dropout) is nn.Dropout
+    assert type(model.transformer.h[0].mlp.dropout) is kernels.Dropout
+
+
+def test_dropout_in_place():
+    model = make_model(dropout=0.5).train()
+    dropout = model.transformer.h[0].mlp.dropout
+    dropout.inplace = True
+    kernels.accelerate(model, 'cpu', 'float32')
+    x = torch.ones(1000)
+    dropout(x)
+    assert 400 < (x == 0).sum() < 600
+
+
+@pytest.mark.parametrize('kind', ['inference', 'expanded', 'reassigned'])
+def test_buffers_after_a_look(kind):
+    class Counting(GPT):
+        def embed(self, idx):
+            if kind == 'reassigned':
+                self.calls = self.calls + 1
+            return super().embed(idx)
+
+    with torch.inference_mode(kind == 'inference'):
+        model = square_activations(make_model(cls=Counting, qk_norm=True))
+    model.register_buffer('calls', torch.ones(1, 1).expand(4, 4))
+    calls = model.calls
+    assert kv_cache.can_cache(model, make_prompt())
+    assert model.calls is calls and (calls == 1).all()
+
+
+def test_no_line_about_logits_in_another_form(capsys):
+    class Flat(model_py.LossHead):
+        def forward(self, lm_head, x, targets):
+            logits, loss = super().forward(lm_head, x, targets)
+            return logits.flatten(0, 1), loss
+
+    class Capped(model_py.LossHead):
+        def forward(self, lm_head, x, targets):
+            logits, loss = super().forward(lm_head, x, targets)
+            return 2 * torch.tanh(logits.float() / 2), loss
+
+    for cls, dtype in ((Flat, torch.float32), (Capped, torch.bfloat16)):
+        model = make_model()
+        model.loss_head = cls()
+        model.to(dtype).generate(torch.tensor([[3]]), 3)
+        assert ('must be both' in capsys.readouterr().err) == (cls is Capped)

@@ -272,8 +272,8 @@ def test_accelerated_and_recomputing_models_generate_the_same(make, cached_steps
     kernels.recompute_blocks(model)
     cached_steps.clear()
     assert torch.equal(model.generate(prompt, 20, temperature=0), expected)
-    look, steps = cached_steps[:4], cached_steps[4:]
-    assert look == [13, 1, 1, 1] and steps[:2] == [5, 1]
+    look, steps = cached_steps[:9], cached_steps[9:]
+    assert look == [8] + 8 * [1] and steps[:2] == [5, 1]
 
 
 # -----------------------------------------------------------------------------
