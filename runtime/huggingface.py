@@ -11,7 +11,7 @@ import shutil
 import torch
 
 from runtime.checkpoint import check_sizes
-from runtime.console import fail, get_first_line, make_folder
+from runtime.console import fail, get_first_line, make_folder, shorten
 from runtime.tokenizer import END_OF_TEXT, check_meta, get_tokenizer
 
 GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -228,7 +228,7 @@ def check_weights(model, args):
                               for name in sorted({*shapes, *expected})
                               if shapes.get(name) != expected.get(name)]
     if differences:
-        fail(f"GPT-2's format cannot express {', '.join(differences[:3])}",
+        fail(f"GPT-2's format cannot express {shorten(', '.join(differences), 200)}",
              'share the checkpoint instead')
 
 

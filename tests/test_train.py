@@ -24,7 +24,7 @@ from conftest import (
 
 import model
 import plot
-from runtime import checkpoint, distributed, machine, restore
+from runtime import checkpoint, distributed, machine, optimizers, restore
 from runtime.dataset import DataOrder, check_ids, move_to_device
 from runtime.run_dir import RunDir
 
@@ -63,8 +63,9 @@ def batches(data, world_size=1, rank=0, accumulation=4, batch_size=3, block_size
 
     windows = {'train': np.lib.stride_tricks.sliding_window_view(data, block_size + 1)}
     order = DataOrder(data_order, seed, len(data), block_size, batch_size, accumulation)
-    _, get_train_batch = functions_of(
-        'train.py', 'get_batch', 'get_train_batch', os=os, check_ids=check_ids, order=order,
+    _, get_train_batch, _ = functions_of(
+        'train.py', 'get_batch', 'get_train_batch', 'seed_micro_step', np=np, torch=torch,
+        seed=seed, os=os, check_ids=check_ids, order=order,
         move_to_device=move_to_device, windows=windows, data_dir='', raw_model=raw_model,
         device='cpu', ddp_world_size=world_size, ddp_rank=rank)
     return {(it, m): get_train_batch(it, m)
@@ -424,7 +425,7 @@ def test_what_is_not_finite_never_reaches_the_weights(char_data, tmp_path, monke
     # 3
     args = [*TINY, f'--dataset={char_data}', '--max_iters=6', '--dropout=0.1', '--log_interval=1',
             '--eval_interval=100']
-    forward, step = model.GPT.forward, torch.optim.AdamW.step
+    forward, update = model.GPT.forward, optimizers.clip_and_step
     calls = {'forward': 0, 'step': 0}
 
     def poisoned(self, *args, **kwargs):
@@ -434,15 +435,15 @@ def test_what_is_not_finite_never_reaches_the_weights(char_data, tmp_path, monke
             loss = loss * math.inf if poison == 'loss and gradient' else loss + math.inf
         return logits, loss
 
-    def left_out(self, *args, **kwargs):
+    def left_out(optimizer, *args):
         calls['step'] += 1
-        return None if calls['step'] == 4 else step(self, *args, **kwargs)
+        return torch.zeros(()) if calls['step'] == 4 else update(optimizer, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(model.GPT, 'forward', poisoned)
         err = run_here('train.py', *args, f'--out_dir={tmp_path / "poisoned"}').stderr
     with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, 'step', left_out)
+        patch.setattr(optimizers, 'clip_and_step', left_out)
         run_here('train.py', *args, f'--out_dir={tmp_path / "left_out"}')
     assert calls == {'forward': 12, 'step': 6}
     assert ('iter 3: skipped updates, because their gradient was not finite: '
