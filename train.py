@@ -188,7 +188,10 @@ def get_train_batch(iter_num, micro_step):
 
 
 def seed_micro_step(iter_num, micro_step, part=0):
-    """Makes dropout, and all else that draws, depend only on the seed and these numbers."""
+    """Makes dropout, and all else that draws, depend only on the seed and these numbers.
+
+    part is 0 for the model and 1 for the data.
+    """
     index = micro_step * ddp_world_size + ddp_rank
     sequence = np.random.SeedSequence((seed, iter_num, index, part))
     torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))

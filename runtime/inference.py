@@ -12,6 +12,7 @@ from runtime.originals import is_original, is_original_model, is_unchanged
 
 lock = threading.RLock()  # several threads may generate with one model
 
+
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None,
              use_cache=None):
     """Continues each row of the prompt idx (B, T): (B, T + max_new_tokens).

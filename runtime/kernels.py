@@ -116,10 +116,15 @@ class Dropout(nn.Dropout):
 
     def forward(self, x):
         draws = x.device.type == 'cpu' and self.training and 0 < self.p <= MAX_DROPOUT
-        if not draws or self.inplace or not (torch.compiler.is_compiling()
-                             or is_torchs(nn.Dropout.forward) and is_torchs(F.dropout)):
+        if not draws or self.inplace or not self.is_known():
             return super().forward(x)
         return x * draw_mask(x, self.p) * (1 / (1 - self.p))
+
+    def is_known(self):
+        """Whether nobody has changed dropout in torch."""
+        if torch.compiler.is_compiling():
+            return True
+        return is_torchs(nn.Dropout.forward) and is_torchs(F.dropout)
 
 
 class EmbeddingDropout(Dropout):

@@ -64,7 +64,7 @@ def is_original_attention(part):
 
 @contextlib.contextmanager
 def keep_state(model):
-    """In this context the model is in eval mode. Then its mode and its buffers are as before."""
+    """A context in which the model is in eval mode. It puts back mode and buffers at its end."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(module._buffers, name, buffer, buffer.clone()) for module in model.modules()
                for name, buffer in module._buffers.items() if buffer is not None]

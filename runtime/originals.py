@@ -13,8 +13,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-# digests of the methods in model.py that kernels.py and inference.py were written for. After a
-# change tests/test_kernels.py prints the new one; first make those two modules fit the new source
+# digests of the methods in model.py that the faster forms and the KV cache were written for. After
+# a change tests/test_kernels.py prints the new one; first make those fit the new source
 DIGESTS = {
     'Attention.forward': '27a13382daa66f30',
     'SquaredReLU.forward': '42eabf36ac86bf8c',
@@ -51,7 +51,7 @@ def is_original_model(model):
 
 
 def is_known(module):
-    """Whether the module is one that the cache was written for, and nobody has changed it."""
+    """Whether the module is a part of model.py or of torch that nobody has changed."""
     cls = type(module)
     if is_fast(module):
         return not is_patched(module)

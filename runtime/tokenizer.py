@@ -168,21 +168,23 @@ def check_meta(meta):
     """
     if not isinstance(meta, dict):
         raise ValueError('it is not a dict')
-    known = {}
+    tables, num_ids = {}, None
     if 'stoi' in meta or 'itos' in meta:
-        known = check_tables(meta.get('stoi'), meta.get('itos'))
+        tables = check_tables(meta.get('stoi'), meta.get('itos'))
+        num_ids = CharTokenizer(tables).vocab_size
     vocab_size = meta.get('vocab_size')
-    if known and vocab_size is None:
-        vocab_size = CharTokenizer(known).vocab_size
+    if vocab_size is None:
+        vocab_size = num_ids
     dtype = DTYPES.get(str(meta.get('dtype', 'uint16')).removeprefix('numpy '))
-    if 'dtype' in meta:
-        known['dtype'] = dtype
     if type(vocab_size) is not int or not 1 <= vocab_size <= MAX_SIZES.get(dtype, 0):
         raise ValueError('it has no vocab_size from 1 to 65,536, '
                          'or to 16,777,216 with a dtype of uint32')
-    if known.get('stoi') and CharTokenizer(known).vocab_size > vocab_size:
+    if tables and num_ids > vocab_size:
         raise ValueError(f'its tables have other ids than from 0 to {vocab_size - 1}')
-    return {'vocab_size': vocab_size, **known}
+    known = {'vocab_size': vocab_size, **tables}
+    if 'dtype' in meta:
+        known['dtype'] = dtype
+    return known
 
 
 def check_tables(stoi, itos):

@@ -158,13 +158,7 @@ def test_several_threads_with_one_model():
 
 # -----------------------------------------------------------------------------
 # what is no patch at first sight
-@pytest.fixture
-def undo(monkeypatch):
-    """Puts back what a test sets."""
-    return monkeypatch
-
-
-def test_code_that_a_notebook_reloads(undo):
+def test_code_that_a_notebook_reloads(monkeypatch):
     model, prompt = make_model(), make_prompt()
     before = check_generate(model, prompt)
 
@@ -172,9 +166,9 @@ def test_code_that_a_notebook_reloads(undo):
         mask = torch.ones(q.size(2), q.size(2), dtype=torch.bool).tril().triu(-3)
         return (q @ k.mT / q.size(-1) ** 0.5).masked_fill(~mask, -1e9).softmax(-1) @ v
 
-    undo.setattr(model_py.Attention.forward, '__code__', forward.__code__)
+    monkeypatch.setattr(model_py.Attention.forward, '__code__', forward.__code__)
     assert not torch.equal(check_generate(model, prompt), before), 'no effect'
-    undo.undo()
+    monkeypatch.undo()
     assert torch.equal(check_generate(model, prompt), before)
     assert kv_cache.can_cache(model, prompt)
 
@@ -204,16 +198,16 @@ def make_batch(vocab_size=LARGE):
 
 
 @pytest.mark.parametrize('function', [doubled_loss, scripted_loss], ids=['custom_op', 'script'])
-def test_objects_that_say_they_are_of_torch(function, undo):
+def test_objects_that_say_they_are_of_torch(function, monkeypatch):
     model = make_model(LARGE).train()
     unpatched, _ = compute_losses(model, *make_batch())
-    undo.setattr(F, 'cross_entropy', function)
+    monkeypatch.setattr(F, 'cross_entropy', function)
     plain, fast = compute_losses(model, *make_batch())
     assert fast == pytest.approx(plain, rel=1e-5)
     assert plain == pytest.approx(2 * unpatched, rel=1e-4)
 
 
-def test_another_call_of_all_modules(undo, capsys):
+def test_another_call_of_all_modules(monkeypatch, capsys):
     model = make_model(LARGE).train()
     call = nn.Module.__call__
 
@@ -222,7 +216,7 @@ def test_another_call_of_all_modules(undo, capsys):
         return y / 2 if isinstance(self, nn.Linear) and self.out_features == LARGE else y
 
     unpatched, _ = compute_losses(model, *make_batch())
-    undo.setattr(nn.Module, '__call__', halve)
+    monkeypatch.setattr(nn.Module, '__call__', halve)
     plain, fast = compute_losses(model, *make_batch())
     assert fast == pytest.approx(plain, rel=1e-5) != pytest.approx(unpatched, rel=1e-2)
     assert not originals.is_original_model(model)
@@ -438,7 +432,7 @@ def test_an_iteration_without_gradients():
     assert optimizers.clip_and_step(optimizer, scaler, 1.0) == 0 and not p.any()
 
 
-def test_a_scheduler_of_torch(char_data, tmp_path, undo):
+def test_a_scheduler_of_torch(char_data, tmp_path, monkeypatch):
     """It takes the place of get_lr, and changes step() of the optimizer."""
     make = 'state_bytes = optimizers.count_state_bytes(optimizer)\n'
     set_lr = "    for group in optimizer.param_groups:\n        group['lr'] = lr\n"
@@ -449,7 +443,7 @@ def test_a_scheduler_of_torch(char_data, tmp_path, undo):
         ('train.py', set_lr, ''), ('train.py', bad_steps, bad_steps + '    scheduler.step()\n'))
     _, err, losses = sources.train(char_data, 'out', '--max_iters=4')
     plain = PlainRun(load_unedited_model(), char_data)
-    undo.setattr('edits.get_lr', lambda it: 3e-3 / (1 + it))
+    monkeypatch.setattr('edits.get_lr', lambda it: 3e-3 / (1 + it))
     plain.train(4)
     np.testing.assert_allclose(losses, plain.losses, rtol=1e-4)
     assert 'Warning' not in err
@@ -491,10 +485,10 @@ def test_options_that_muon_does_not_have(option, capsys):
     assert 'this optimizer has no' in capsys.readouterr().err
 
 
-def test_a_patched_step_of_torchs_class(undo):
+def test_a_patched_step_of_torchs_class(monkeypatch):
     p = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.AdamW([p], fused=True)
-    undo.setattr(torch.optim.AdamW, 'step', OwnStep.step)
+    monkeypatch.setattr(torch.optim.AdamW, 'step', OwnStep.step)
     p.grad = torch.tensor([30.0, 40.0])
     optimizers.clip_and_step(optimizer, torch.amp.GradScaler('cpu', enabled=False), 1.0)
     torch.testing.assert_close(p.data, torch.tensor([-0.6, -0.8]))
