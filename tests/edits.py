@@ -17,6 +17,24 @@ SEED = 1337
 SHAPE = dict(block_size=32, n_layer=2, n_head=2, n_embd=32, bias=False)  # as in TINY
 BATCH_SIZE, MICRO_STEPS = 4, 2
 
+# places in model.py and train.py that several files of tests change
+LAYER = '''\
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+'''
+ACCELERATE = 'kernels.accelerate(model, device_type, dtype)  # faster'
+IMPORT = 'import gc\n'
+OPTIMIZER = 'optimizer = raw_model.configure_optimizers('
+LOOP = 'while True:\n'
+UPDATE = '    # one update\n'
+LOSS = '''\
+            with ctx, kernels.loss_only(raw_model):  # logits would take much memory
+                _, loss = model(X, Y)
+'''
+LM_HEAD = '        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)\n'
+RUN_LAYERS = '        for block in self.transformer.h:\n            x = block(x)\n'
+LAST_NORM = '        x = self.transformer.ln_f(x)\n'
+
 
 class Sources:
     """A copy of the repository in `folder`, with edits (file, old text, new text)."""

@@ -10,15 +10,26 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, metrics
-from edits import MICRO_STEPS, SEED, SHAPE, PlainRun, Sources, get_lr, load_unedited_model
+from edits import (
+    ACCELERATE,
+    IMPORT,
+    LOOP,
+    LOSS,
+    MICRO_STEPS,
+    OPTIMIZER,
+    SEED,
+    SHAPE,
+    UPDATE,
+    PlainRun,
+    Sources,
+    get_lr,
+    load_unedited_model,
+)
 from test_edits_optimizers import have_equal_values, load
 from torch.nn import functional as F
 
 # places in train.py
-IMPORT = 'import gc\n'
-ACCELERATE = 'kernels.accelerate(model, device_type, dtype)  # faster'
 WRAP = 'model = distributed.wrap(model, device, parallel)\n'
-OPTIMIZER = 'optimizer = raw_model.configure_optimizers('
 SPECIALIZE = 'optimizer = optimizers.specialize('
 STATE = "iter_num = state.get('iter_num', 0)\n"
 GET_BATCH = 'def get_batch(split, starts):\n'
@@ -29,16 +40,10 @@ TRAIN_BATCH = ("    return get_batch('train', order.get_starts(iter_num, micro_s
 EVAL_LOSS = '                _, loss = model(X, Y)\n            loss_sum += loss * weight\n'
 SCHEDULE = '    if it < warmup_iters:\n'
 SAVE = '    if scaler.is_enabled():\n'
-LOOP = 'while True:\n'
 LAST_STEP = '    last_step = iter_num >= max_iters\n'
 METRICS = "'mfu': mfu and 100 * mfu}\n"
 SAY_EVAL = '        say(report.format_eval(metrics, exact_eval))\n'
 LOG_EVAL = '        # only if something is new: iterations, the end, or a best loss\n'
-UPDATE = '    # one update\n'
-LOSS = '''\
-            with ctx, kernels.loss_only(raw_model):  # logits would take much memory
-                _, loss = model(X, Y)
-'''
 STEP = '    grad_norm = optimizers.clip_and_step(optimizer, scaler, grad_clip)'
 ZERO_GRAD = '    optimizer.zero_grad(set_to_none=True)\n'
 PROGRESS = '        bad_steps.read(iter_num)  # sets streak and total\n'

@@ -8,6 +8,13 @@ import pytest
 import torch
 from conftest import TINY, metrics
 from edits import (
+    ACCELERATE,
+    IMPORT,
+    LM_HEAD,
+    LOOP,
+    LOSS,
+    OPTIMIZER,
+    RUN_LAYERS,
     PlainRun,
     Sources,
     check_export,
@@ -24,23 +31,12 @@ LOGITS = ('        logits = lm_head(x)  # (B, T, V). '
           'If you change the logits, change them in GPT.forward, too\n')
 IGNORE = 'ignore_index=-1)\n'
 RETURN = '        return logits, loss\n'
-LM_HEAD = '        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)\n'
 LAST_LOGITS = ('            return self.lm_head(x[:, -1:]), None  '
                '# for sampling; LossHead computes its own logits\n')
 RETURN_LOSS = '        return self.loss_head(self.lm_head, x, targets)\n'
 CLASS = 'class LossHead'
-RUN_LAYERS = '        for block in self.transformer.h:\n            x = block(x)\n'
-LAST_NORM = '        x = self.transformer.ln_f(x)\n'
 
 # places in train.py
-IMPORT = 'import gc\n'
-ACCELERATE = 'kernels.accelerate(model, device_type, dtype)  # faster'
-OPTIMIZER = 'optimizer = raw_model.configure_optimizers('
-LOOP = 'while True:\n'
-LOSS = '''\
-            with ctx, kernels.loss_only(raw_model):  # logits would take much memory
-                _, loss = model(X, Y)
-'''
 
 LABEL_SMOOTHING = (IGNORE, 'ignore_index=-1,\n' + ' ' * 31 + 'label_smoothing=0.3)\n')
 

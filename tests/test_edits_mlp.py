@@ -4,6 +4,14 @@ import pytest
 import torch
 from conftest import metrics
 from edits import (
+    ACCELERATE,
+    IMPORT,
+    LAST_NORM,
+    LAYER,
+    LM_HEAD,
+    LOOP,
+    RUN_LAYERS,
+    UPDATE,
     PlainRun,
     Sources,
     check_export,
@@ -20,14 +28,7 @@ PROJECTION = '        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, 
 GELU = "        gelu = nn.GELU(approximate=get_option(config, 'gelu'))\n"
 GELU_FIELD = "    gelu: str = 'none'"
 MLP = '        self.mlp = MLP(config)\n'
-LAYER = '''\
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
-'''
 LAYERS = "nn.ModuleList(Block(config) for _ in range(config.n_layer))"
-RUN_LAYERS = '        for block in self.transformer.h:\n            x = block(x)\n'
-LAST_NORM = '        x = self.transformer.ln_f(x)\n'
-LM_HEAD = '        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)\n'
 
 SWIGLU = [
     (FC, FC + FC.replace('c_fc', 'c_gate')),
@@ -262,11 +263,7 @@ def test_random_edits_with_recomputed_activations(name, dtype, char_data, tmp_pa
 
 # -----------------------------------------------------------------------------
 # in train.py
-IMPORT = 'import gc\n'
-ACCELERATE = 'kernels.accelerate(model, device_type, dtype)  # faster'
 RECOMPUTE = 'if activation_checkpointing:\n'
-LOOP = 'while True:\n'
-UPDATE = '    # one update\n'  # after an evaluation, which ends in model.train()
 REMOVE_DROPOUT = '''for parent in list(model.modules()):
     for name, child in parent.named_children():
         if isinstance(child, torch.nn.Dropout):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import metrics
 from edits import (
+    LAYER,
     PlainRun,
     Sources,
     check_export,
@@ -20,10 +21,6 @@ NORM = '        super().__init__(ndim, bias=bias)\n'
 LN_1 = '        self.ln_1 = LayerNorm(config.n_embd, config.bias)\n'
 LN_2 = '        self.ln_2 = LayerNorm(config.n_embd, config.bias)\n'
 LN_F = "        modules['ln_f'] = LayerNorm(config.n_embd, config.bias)\n"
-LAYER = '''\
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
-'''
 
 RMS_NORM = NORM + '''
     def forward(self, x):

@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 from conftest import TINY
-from edits import Sources, check_model_edit
+from edits import LAST_NORM, LM_HEAD, Sources, check_model_edit
 
 from runtime import checkpoint, inference
 from runtime.tokenizer import get_tokenizer, read_meta
@@ -23,8 +23,6 @@ WTE = "        modules = {'wte': nn.Embedding(config.vocab_size, config.n_embd)}
 LOOK_UP = '        x = self.transformer.wte(idx)\n'
 MIX = '    x = torch.addcmul(x, padded_x[:, start:-k], self.transformer.conv[k - 1])\n'
 DROP = '        x = self.transformer.drop(x)\n'
-LAST_NORM = '        x = self.transformer.ln_f(x)\n'
-LM_HEAD = '        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)\n'
 TIE = '        if self.tied:  # Press & Wolf 2016, https://arxiv.org/abs/1608.05859\n'
 ROTATE = """        if self.rope_base:
             q, k = self.rotary(q, k, self.rope_base)
