@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from runtime import compiler
 from runtime.console import fail
 
 TIMEOUT = timedelta(minutes=10)  # how long a rank waits for the others until it ends
@@ -124,8 +125,8 @@ def shard_model(model, device, parallel, dtype='float32', compile=False):
                                       reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.transformer.h:
             if compile:
-                block.attn.compile()
-                block.mlp.compile()
+                compiler.compile_in_place(block.attn)
+                compiler.compile_in_place(block.mlp)
             fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh)
     return model.to(device)
@@ -267,8 +268,7 @@ _group, _vote = None, None  # for agree(): a process group on CPUs, and the last
 def agree(numbers):
     """The largest of each of these whole numbers over the ranks, as of the previous call.
 
-    The first call returns zeros. The ranks vote over the CPU while the device works, so nothing
-    waits.
+    The first call returns zeros. The ranks vote over the CPU, so the device never waits.
     """
     global _vote
     if not _group:

@@ -13,6 +13,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from runtime import compiler
 from runtime.console import note
 from runtime.cross_entropy import LossHead
 from runtime.originals import is_fast, is_original_model, is_torchs, is_unchanged
@@ -56,6 +57,8 @@ def accelerate(model, device_type, dtype):
         drop = model.transformer.drop
         if type(drop) is Dropout and parts.count(drop) == 1:
             drop.__class__ = EmbeddingDropout
+    if device_type == 'cuda' and dtype != 'float32':
+        keep_dropout_rate(model, device_type, dtype)
     if edited_names:
         note('changed parts of the model run as they are written, so they may be slower and take '
              'more memory: ' + ', '.join(sorted(edited_names)))
@@ -93,6 +96,37 @@ def stores_logits(model):
     loss_head = getattr(model, 'loss_head', None)
     return (not isinstance(loss_head, LossHead) or not is_unchanged(model, 'GPT')
             or not loss_head.can_join(model.lm_head))
+
+
+def keep_dropout_rate(model, device_type, dtype):
+    """Makes torch choose another attention than cuDNN's if that rounds the model's dropout rate.
+
+    Some kernels of cuDNN draw only four bits for each number, so their rates are sixteenths.
+    """
+    rates = [part.p for name, part in model.named_modules()
+             if name.endswith('attn_dropout') and part.training and 0 < part.p < 1]
+    for p in set(rates):
+        rate = measure_dropout_rate(p, model.config, device_type, getattr(torch, dtype))
+        if abs(rate - p) > 0.003:
+            note(f"torch's attention drops {100 * rate:.2f}% instead of {100 * p:.2f}% on this "
+                 'device, so the model does without that of cuDNN')
+            torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def measure_dropout_rate(p, config, device_type, dtype):
+    """The share of attention's weights that F.scaled_dot_product_attention drops for the rate p.
+
+    It is measured on a million of them, so it may be 0.0005 off.
+    """
+    nh, T, hs = config.n_head, config.block_size, config.n_embd // config.n_head
+    was_seen = torch.ones(T, hs, device=device_type, dtype=torch.bool).tril()
+    B = math.ceil(2 ** 20 / (nh * was_seen.sum().item()))
+    qkv = torch.zeros(B, T, 3 * nh, hs, device=device_type, dtype=dtype)
+    qkv[:, :, 2 * nh:] = torch.eye(T, hs, device=device_type, dtype=dtype)[:, None]
+    # with the strides that the model has: the choice of a kernel depends on them
+    q, k, v = (z.transpose(1, 2) for z in qkv.requires_grad_().split(nh, dim=2))
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+    return (y[:, :, was_seen] == 0).float().mean().item()  # y is what is left of the weights
 
 
 # -----------------------------------------------------------------------------
@@ -212,7 +246,7 @@ def compile_model(model):
     loss_head = getattr(model, 'loss_head', None)
     if has_dropout and isinstance(loss_head, LossHead):
         loss_head.is_compiled = False
-    return torch.compile(model)
+    return compiler.compile_copy(model)
 
 
 def recompute_blocks(model):

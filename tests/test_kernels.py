@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn as nn
+from torch.nn import functional as F
 
 import model as model_py
 from model import GPT, GPTConfig
@@ -365,6 +366,33 @@ def test_on_a_gpu_only_the_loss_is_replaced():
     expected = {'Attention': model_py.Attention, 'SquaredReLU': model_py.SquaredReLU,
                 'Dropout': nn.Dropout, 'LossHead': kernels.LossHead}
     assert list_kinds(model) == expected and type(model.transformer.drop) is nn.Dropout
+
+
+@pytest.mark.parametrize('p, bits, stays', [
+    (0.2, None, True), (0.1, 8, True), (0.25, 4, True), (0.2, 4, False), (0.1, 4, False)])
+def test_attention_that_rounds_the_dropout_rate_is_turned_off(monkeypatch, capsys, p, bits, stays):
+    attend, calls = F.scaled_dot_product_attention, []
+
+    def attend_roughly(q, k, v, dropout_p, **options):  # draws so many bits for each number
+        calls.append(q.shape)
+        rate = round(dropout_p * 2 ** bits) / 2 ** bits if bits else dropout_p
+        return attend(q, k, v, dropout_p=rate, **options)
+
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', attend_roughly)
+    chosen = []
+    monkeypatch.setattr(torch.backends.cuda, 'enable_cudnn_sdp', chosen.append)
+    model = make_model(dropout=p)
+    kernels.keep_dropout_rate(model, 'cpu', 'bfloat16')
+    assert chosen == ([] if stays else [False])
+    note = capsys.readouterr().err
+    assert bool(note) != stays and (stays or f'instead of {100 * p:.2f}%' in note)
+    config = model.config
+    shape = config.n_head, config.block_size, config.n_embd // config.n_head
+    assert [tuple(q[1:]) for q in calls] == [shape]  # once for a rate, in the model's own shape
+    calls.clear()
+    kernels.keep_dropout_rate(model.eval(), 'cpu', 'bfloat16')
+    kernels.keep_dropout_rate(make_model(), 'cpu', 'bfloat16')
+    assert not calls  # nothing is dropped
 
 
 def test_where_the_logits_are_needed_the_loss_is_the_plain_one(monkeypatch):
