@@ -91,7 +91,7 @@ def generate(start, rows=1, stream=False):
     """
     idx = torch.tensor([tokenizer.encode(start)] * rows, device=device)
     steps = inference.stream(model, idx, max_new_tokens, temperature, top_k, top_p,
-                             tokenizer.vocab_size)
+                             tokenizer.vocab_size, graphs)
     if not stream:
         steps = tqdm(steps, 'sampling', max_new_tokens, leave=False, disable=None)
     if not stream and not stops:  # text is made at the end, so a GPU never waits for the host
@@ -156,6 +156,7 @@ def interact():
             pass
 
 
+graphs = {}  # keeps the CUDA graph of a step for the next prompt
 rows = 1
 if not stream and not interactive:
     rows = inference.choose_rows(model, prompt_length, max_new_tokens, num_samples,

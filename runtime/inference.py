@@ -1,11 +1,14 @@
 """
 Generating text: the prompt, one token after another, drawing a token, packed weights, CUDA graphs.
 """
+import itertools
+import math
 import threading
 
 import torch
 import torch.nn as nn
 
+from runtime import compiler
 from runtime.console import get_first_line, note
 from runtime.kv_cache import CachedModel, can_cache, check_heads, note_once
 from runtime.originals import is_original, is_original_model, is_unchanged
@@ -14,7 +17,7 @@ lock = threading.RLock()  # several threads may generate with one model
 
 
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None,
-             use_cache=None):
+             use_cache=None, graphs=None):
     """Continues each row of the prompt idx (B, T): (B, T + max_new_tokens).
 
     temperature=0 takes the most likely token. top_k draws from that many tokens, top_p from the
@@ -22,13 +25,15 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     https://arxiv.org/abs/1904.09751). None, 0, or 1 for top_p, draws from all. Ids from vocab_size
     on, rows that pad the embedding, are never drawn. The model sees the last block_size tokens.
     use_cache: True | False | None (if it gives the same logits: see can_cache()).
+    graphs: a dict, in which the CUDA graph of a step is kept for the next call.
     """
     new_tokens = draw_tokens(model, idx, max_new_tokens, temperature, top_k, top_p, vocab_size,
-                             use_cache)
+                             use_cache, graphs)
     return torch.cat((idx, *new_tokens), dim=1)
 
 
-def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None):
+def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, vocab_size=None,
+           graphs=None):
     """Yields max_new_tokens times the next token of every row of the prompt idx (B, T): (B, 1).
 
     For the options see generate(). If somebody has changed the model's own generate(), the tokens
@@ -41,7 +46,8 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
         ids = own_generate(idx, max_new_tokens, temperature=temperature, top_k=top_k or None)
         yield from ids[:, idx.size(1):].split(1, dim=1)
     else:
-        yield from draw_tokens(model, idx, max_new_tokens, temperature, top_k, top_p, vocab_size)
+        yield from draw_tokens(model, idx, max_new_tokens, temperature, top_k, top_p, vocab_size,
+                               graphs=graphs)
 
 
 def can_replace(function):
@@ -52,37 +58,66 @@ def can_replace(function):
 
 
 def draw_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
-                vocab_size=None, use_cache=None):
-    """Yields max_new_tokens times the next token of every row of the prompt idx (B, T): (B, 1)."""
+                vocab_size=None, use_cache=None, graphs=None, static=None):
+    """Yields max_new_tokens times the next token of every row of the prompt idx (B, T): (B, 1).
+
+    static: whether the KV cache is static; None: on a GPU. For the other options see generate().
+    """
     block_size = model.config.block_size
     idx = idx[:, -block_size:]
-    cached_model = None
+    static = idx.is_cuda if static is None else static
+    options = temperature, top_k, top_p, vocab_size
+    is_unchanged_model = is_original_model(model)
+    decoder = key = None
     with lock:
         check_heads(model, idx)
         if can_cache(model, idx, use_cache, max_new_tokens):
-            size = min(block_size, idx.size(1) + max_new_tokens)
-            cached_model = CachedModel(model, size, static=idx.is_cuda)
-
-    def draw(logits):
-        return sample(logits[:, -1], temperature, top_k, top_p, vocab_size)
-
-    def decode(idx_next):
-        return draw(cached_model(idx_next))
-
+            size = choose_cache_size(block_size, idx.size(1) + max_new_tokens, static)
+            is_kept = graphs is not None and is_unchanged_model
+            # autocast forgets its copies of the weights, which a graph would read
+            if is_kept and not torch.is_autocast_enabled(idx.device.type):
+                key = len(idx), size, options, describe_state(model)
+            if key:
+                decoder = graphs.pop(key, None)
+                graphs.clear()  # one takes enough memory
+            if not decoder:
+                decoder = Decoder(model, size, static, options)
+            decoder.cache.length = 0
+    # what a changed model does may be impossible in inference mode or in a CUDA graph. It takes as
+    # long as some steps to make a graph
+    mode = torch.inference_mode if is_unchanged_model else torch.no_grad
+    makes_graph = is_unchanged_model and idx.is_cuda and max_new_tokens > 16
     idx_next = idx
-    for n in range(max_new_tokens):
-        with torch.no_grad(), lock:
-            if cached_model and cached_model.is_full(idx_next.size(1)):
-                cached_model = None
-            if not cached_model:
-                idx_next = draw(model(idx)[0])
-            else:
-                # making a graph takes time, and needs a cache whose shapes don't change any more
-                if idx.is_cuda and max_new_tokens > 16 and n == cached_model.num_recent + 1:
-                    decode = make_cuda_graph(decode, idx_next, cached_model.cache)
-                idx_next = decode(idx_next)
-        idx = torch.cat((idx, idx_next), dim=1)[:, -block_size:]
-        yield idx_next
+    try:
+        for _ in range(max_new_tokens):
+            with mode(), lock:
+                if decoder and decoder.is_full(idx_next):
+                    keep_graph(decoder, graphs, key)
+                    decoder = None  # frees the cache
+                if decoder:
+                    idx_next = decoder.draw(idx_next, makes_graph)
+                else:
+                    idx_next = sample(model(idx)[0][:, -1], *options)
+            idx = torch.cat((idx, idx_next), dim=1)[:, -block_size:]
+            yield idx[:, -1:]
+    finally:
+        keep_graph(decoder, graphs, key)
+
+
+def describe_state(model):
+    """What a CUDA graph of the model has taken over: where its weights are, and plain values."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    weights = tuple((tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors)
+    values = tuple((id(module), name, value) for module in model.modules()
+                   for name, value in vars(module).items() if isinstance(value, (int, float, str)))
+    return weights, values, tuple(vars(model.config).items())
+
+
+def keep_graph(decoder, graphs, key):
+    """Puts a decoder with a graph into the dict `graphs`, for the next call with the same key."""
+    if key and decoder and decoder.graph:
+        graphs.clear()
+        graphs[key] = decoder
 
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, vocab_size=None):
@@ -106,11 +141,19 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, vocab_size=None):
 
 # -----------------------------------------------------------------------------
 # memory
+def choose_cache_size(block_size, tokens, static):
+    """How many tokens the cache holds. A static one may serve other prompts of a similar length."""
+    if static:
+        tokens = 256 * math.ceil(tokens / 256)
+    return min(block_size, tokens)
+
+
 def count_cache_bytes(model, prompt_length, max_new_tokens):
     """The bytes of one row's KV cache."""
     c = model.config
-    tokens = min(c.block_size, prompt_length + max_new_tokens)
-    return 2 * c.n_layer * c.n_embd * tokens * next(model.parameters()).itemsize
+    weight = next(model.parameters())
+    tokens = choose_cache_size(c.block_size, prompt_length + max_new_tokens, weight.is_cuda)
+    return 2 * c.n_layer * c.n_embd * tokens * weight.itemsize
 
 
 def choose_rows(model, prompt_length, max_new_tokens, num_samples, free_bytes):
@@ -190,36 +233,54 @@ def compile_forward(model):
     of the KV cache, which changes with each token.
     """
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
-    model.compile()
+    compiler.compile_in_place(model)
 
 
-def make_cuda_graph(decode, idx_next, cache):
-    """decode, which computes the next token (B, 1) from this one, as a CUDA graph.
+class Decoder:
+    """Draws the next token of every row with a KV cache. On a GPU this step is a CUDA graph.
 
-    The step's hundreds of small kernels are then launched as one.
+    The step's hundreds of small kernels are then launched as one. Once the cache's length is 0, the
+    graph can be used again, for another batch of the same number of prompts.
     """
-    length, token = cache.length, idx_next.clone()
-    recent_idx = None if cache.recent_idx is None else cache.recent_idx.clone()
-    with torch.cuda.device(idx_next.device):
+
+    def __init__(self, model, size, static, options):
+        self.cached_model = CachedModel(model, size, static)
+        self.cache = self.cached_model.cache
+        self.options = options  # of sample()
+        self.graph = self.token = self.next_token = None
+
+    def is_full(self, idx_next):
+        return self.cached_model.is_full(idx_next.size(1))
+
+    def draw(self, idx_next, makes_graph):
+        """The next tokens (B, 1) after the prompt (B, T) or these tokens (B, 1)."""
+        if not self.cached_model.is_steady() or not (self.graph or makes_graph):
+            return sample(self.cached_model(idx_next)[:, -1], *self.options)
+        with torch.cuda.device(idx_next.device):
+            if not self.graph:
+                self.capture(idx_next)
+            self.token.copy_(idx_next)
+            self.graph.replay()
+        self.cache.length += 1
+        return self.next_token.clone()
+
+    def capture(self, idx_next):
+        """Makes the graph of the step from idx_next (B, 1) to the next tokens."""
+        cache = self.cache
+        length, self.token = cache.length, idx_next.clone()
+        recent_idx = cache.recent_idx.clone()
+        random_state = torch.cuda.get_rng_state()
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side_stream):
-            decode(token)  # chooses the kernels and allocates their workspaces
+            self.draw(self.token, False)  # chooses the kernels and allocates their workspaces
         torch.cuda.current_stream().wait_stream(side_stream)
+        torch.cuda.set_rng_state(random_state)  # a seed gives the same text with an earlier graph
         cache.length = length
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            next_token = decode(token)
-    cache.length = length  # neither of the two steps counts
-    cache.position.fill_(length)
-    if recent_idx is not None:
+            self.next_token = self.draw(self.token, False)
+        self.graph = graph
+        cache.length = length  # neither of the two steps counts
+        cache.position.fill_(length)
         cache.recent_idx.copy_(recent_idx)
-
-    def replay(idx_next):
-        with torch.cuda.device(idx_next.device):
-            token.copy_(idx_next)
-            graph.replay()
-        cache.length += 1
-        return next_token.clone()
-
-    return replay

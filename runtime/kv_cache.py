@@ -155,13 +155,16 @@ class KVCache:
         self.length = 0  # tokens seen
         self.position = None  # the length as a tensor (1,) on the device
         self.mask = None  # of a static cache: which places the next token sees, (1, size)
-        self.recent_idx = None  # the last token ids (B, n), if embeddings look at them
+        self.recent_idx = None  # the last token ids (B, num_recent), as embeddings look at them
 
-    def begin(self, idx):
+    def begin(self, idx, num_recent):
         """Prepares the step for token ids idx (B, T)."""
         assert self.length == 0 or idx.size(1) == 1, 'after the prompt, one token per step'
-        if self.length == 0:
+        if self.position is None:
             self.position = torch.zeros(1, dtype=torch.long, device=idx.device)
+            self.recent_idx = idx.new_zeros(len(idx), num_recent)
+        elif self.length == 0:  # again: a CUDA graph knows the place of this tensor
+            self.position.zero_()
         elif self.static:
             self.mask = torch.arange(self.size, device=idx.device)[None] <= self.position
 
@@ -191,6 +194,8 @@ class CachedAttention(nn.Module):
         if self.buffer is None:  # what is masked counts 0 times, so it must not be NaN
             B, nh, _, hs = k.size()
             self.buffer = k.new_zeros(2, B, nh, cache.size, hs)
+        elif cache.length == 0:  # it is from another prompt
+            self.buffer.zero_()
         # with rotary positions a full cache continues: a token replaces the one `size` before it
         if cache.static and cache.length:
             place = cache.position % cache.size
@@ -246,7 +251,7 @@ class CachedModel:
 
     def __call__(self, idx):
         """The logits (B, 1, V) after token ids idx (B, T)."""
-        self.cache.begin(idx)
+        self.cache.begin(idx, self.num_recent)
         plain_parts = [modules[name] for modules, name, _ in self.parts]
         patched_embed = vars(self.model).get('embed')  # if somebody has patched it
         try:
@@ -267,16 +272,19 @@ class CachedModel:
 
     def embed(self, idx, embed):
         """The embeddings of idx (B, T), which also depend on the tokens before it."""
-        cache = self.cache
+        n = self.num_recent
         T = idx.size(1)
-        if cache.recent_idx is not None:
-            idx = torch.cat((cache.recent_idx, idx), dim=1)
-        recent_idx = idx[:, -self.num_recent:]
-        if cache.recent_idx is not None and recent_idx.shape == cache.recent_idx.shape:
-            cache.recent_idx.copy_(recent_idx)  # in place, for CUDA graphs
-        else:
-            cache.recent_idx = recent_idx.clone()
+        recent_idx = self.cache.recent_idx
+        num_known = min(n, self.cache.length)
+        if num_known:
+            idx = torch.cat((recent_idx[:, n - num_known:], idx), dim=1)
+        num_known = min(n, idx.size(1))
+        recent_idx[:, n - num_known:] = idx[:, -num_known:]  # in place, for CUDA graphs
         return embed(idx)[:, -T:]
+
+    def is_steady(self):
+        """Whether each step from here on has the same shapes: a CUDA graph can be made."""
+        return self.cache.static and self.cache.length >= max(1, self.num_recent)
 
     def is_full(self, T):
         """Whether T more tokens don't fit, so that all must be computed again.
