@@ -9,7 +9,7 @@ Measures how fast the work is done, how close that is to what the device can do,
     python bench.py --compare="python ../other/bench.py"            another checkout
 
 Two things that are compared take turns in one run, and the median ratio of the pairs counts. A
-command to compare with must print JSON with tokens_per_s as its last line, as this script does.
+command must print JSON with tokens_per_s as its last line, as this script and recipes/peers do.
 """
 import dataclasses
 import datetime
@@ -30,6 +30,7 @@ import torch
 
 from model import GPT, GPTConfig
 from runtime import checkpoint, inference, kernels, machine, optimizers, report, settings, timing
+from runtime.compiler import has_failed
 from runtime.console import ROOT, fail, format_bytes
 from runtime.dataset import DataOrder, check_ids, locate_data, move_to_device, open_bin
 from runtime.restore import choose_args
@@ -86,7 +87,7 @@ if compile == 'auto' and is_sampling:
 elif is_sampling or what == 'train':
     compile, compile_reason = machine.choose_compile(compile, device_type)
 else:
-    compile, compile_reason = None, 'there is no model to compile'
+    compile, compile_reason = None, 'there is no model to compile'  # train.py chooses itself
 if what == 'train':
     machine.prepare_training(device_type, compile, 'ddp')
 machine.prepare_sampling(device, seed)
@@ -129,7 +130,7 @@ def make_optimizer(model):
 def estimate_memory(batch_size, optimizer_bytes):
     return sum(machine.estimate_training_bytes(
         model.config, model.get_num_params(False), optimizer_bytes, batch_size, dtype, device_type,
-        compile or kernels.stores_logits(model), activation_checkpointing))
+        kernels.stores_logits(model), compile, activation_checkpointing))
 
 
 free_bytes = machine.read_free_memory(device)
@@ -203,8 +204,8 @@ def prepare_sampling():
     elif device_type == 'cpu':
         inference.pack_linears(model, num_samples)
     length = max_new_tokens if what == 'decode' else 1
-    return torch.inference_mode()(lambda: model.generate(
-        prompt, length, temperature=0.8, top_k=200))
+    options = dict(temperature=0.8, top_k=200, graphs={})
+    return lambda: list(inference.stream(model, prompt, length, **options))
 
 
 def prepare_transformers():
@@ -261,21 +262,20 @@ profiler = timing.start_profiler(out_dir) if profile else None
 times, *their_times = timing.measure_in_turns(works, device, repeats, tokens_each,
                                               short_works=[] if profile else in_process)
 memory = timing.read_peak_memory(device)
-if profiler:
-    timing.print_profile(profiler, device_type, out_dir)
 
 # -----------------------------------------------------------------------------
 # the report
 dt = statistics.median(times)
 name = torch.cuda.get_device_name(device) if device_type == 'cuda' else device
-if compile is None:  # train.py and sample.py choose themselves
-    compile = config['compile']
+compile = config['compile'] if compile is None else compile and not has_failed()
 result = dict(what=what, compare=compare, device=name, dtype=dtype, compile=compile,
               torch=torch.__version__, python=platform.python_version(),
               date=datetime.date.today().isoformat(), optim=optim, moments_dtype=moments_dtype,
               activation_checkpointing=activation_checkpointing, **vars(model.config),
               batch_size=num_samples if is_sampling else batch_size, times=len(times),
               ms_per_iter=1000 * dt, peak_memory_bytes=memory)
+if profiler:
+    result.update(profile=timing.print_profile(profiler, device_type, out_dir))
 result.update(timing.print_times(times, their_times[0] if compare else None, tokens_each))
 if what == 'train':
     flops = flops_per_token * tokens_each

@@ -143,8 +143,8 @@ def find_peak_flops(device):
 
 
 def estimate_training_bytes(config, num_params, optimizer_bytes, batch_size, dtype,
-                            device_type='cuda', stores_logits=True, recomputes_layers=False,
-                            parallel='ddp', ranks=1):
+                            device_type='cuda', stores_logits=True, compile=False,
+                            recomputes_layers=False, parallel='ddp', ranks=1):
     """Estimates the bytes that training needs on one rank: (model state, peak of activations).
 
     The model state is weights and gradients, 4 bytes each per parameter, and the optimizer's own
@@ -166,14 +166,17 @@ def estimate_training_bytes(config, num_params, optimizer_bytes, batch_size, dty
     else:
         layers_bytes = config.n_layer * layer_bytes
     logits = tokens * config.vocab_size
-    if not stores_logits:
+    logit_bytes = 8 + 4 * width  # with the gradient, and both in float32
+    if compile:  # without a copy in float32; on CPUs it took 8 bytes in float32 and bfloat16
+        logit_bytes = 8 if device_type == 'cpu' else 4 * width
+    elif not stores_logits:
         logits = min(logits, 2 ** 25)  # see cross_entropy.LinearCrossEntropy
     state_bytes = 8 * num_params + optimizer_bytes
     if parallel == 'zero1':
         state_bytes = 8 * num_params + optimizer_bytes // ranks
     if parallel == 'fsdp' and ranks > 1:
         state_bytes = state_bytes // ranks + 8 * config.vocab_size * config.n_embd
-    return state_bytes, tokens * layers_bytes + logits * (8 + 4 * width)
+    return state_bytes, tokens * layers_bytes + logits * logit_bytes
 
 
 def plan_memory(state_bytes, activation_bytes, allocated_bytes, device, ranks):

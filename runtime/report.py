@@ -80,7 +80,7 @@ def print_memory(model, optimizer_bytes, config, device, dtype, compile, ranks, 
     num_params = model.get_num_params(False)
     state_bytes, activation_bytes = machine.estimate_training_bytes(
         model.config, num_params, optimizer_bytes, config['batch_size'], dtype,
-        torch.device(device).type, compile and parallel != 'fsdp' or kernels.stores_logits(model),
+        torch.device(device).type, kernels.stores_logits(model), compile and parallel != 'fsdp',
         config['activation_checkpointing'], parallel, ranks)
     allocated_bytes = 4 * num_params
     if is_resumed:

@@ -4,8 +4,10 @@ Measures the time of some work, or of two works in turns, and the device's own r
 Work is a function without arguments that does the work once. If it runs a process, it returns what
 the process printed.
 """
+import contextlib
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -15,13 +17,20 @@ import time
 import torch
 
 from runtime.console import fail, make_folder
-from runtime.machine import synchronize
+from runtime.machine import read_free_memory, synchronize
 
 MAX_SECONDS = 20  # for the repetitions of one work; 60 for two in turns
 
 
 def run_process(command):
-    """Work that runs a command from start to end. It prints the output only if it fails."""
+    """Work that runs a command from start to end. It prints the output only if it fails.
+
+    With --turns=True the command is started once. It must do the work for each line that it reads,
+    and then print a line.
+    """
+    if '--turns=True' in command:
+        return take_turns(command)
+
     def work():
         try:
             result = subprocess.run(command, capture_output=True, text=True)
@@ -32,6 +41,24 @@ def run_process(command):
             output = (result.stderr or result.stdout).strip()[-500:]
             fail(f'{shlex.join(command)} ended with status {result.returncode}: {output}')
         return result.stdout
+    return work
+
+
+def take_turns(command):
+    """run_process() of a command that stays and does the work again and again."""
+    pipe = subprocess.PIPE
+    try:
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+    except OSError as e:
+        fail(f'{command[0]!r} cannot be run ({e.strerror})')
+
+    def work():
+        with contextlib.suppress(OSError):  # it has ended: there is no line to read
+            print(file=process.stdin, flush=True)
+        line = process.stdout.readline()
+        if not line:
+            fail(f'{shlex.join(command)} ended with status {process.wait()}')
+        return line
     return work
 
 
@@ -101,7 +128,10 @@ def start_profiler(out_dir):
 
 
 def print_profile(profiler, device_type, out_dir):
-    """Prints the top operators, and writes the trace to out_dir/trace.json."""
+    """Prints the top operators and where the time goes, and writes the trace to out_dir/trace.json.
+
+    Returns the shares of the time.
+    """
     profiler.stop()
     trace = os.path.join(out_dir, 'trace.json')
     profiler.export_chrome_trace(trace)
@@ -109,20 +139,66 @@ def print_profile(profiler, device_type, out_dir):
         device_type = 'cpu'
     order = f'self_{device_type}_time_total'
     print(profiler.key_averages().table(order, row_limit=15, max_name_column_width=50))
+    events = [(event.name, event.time_range.start, event.time_range.end)
+              for event in profiler.events() if event.device_type.name.lower() == device_type
+              and not getattr(event, 'is_user_annotation', False)]
+    shares = compute_shares(events)
+    print(', '.join(f'{kind}: {100 * share:.1f}% of the time' for kind, share in shares.items()))
     print(f'trace: {trace}; open it in chrome://tracing or ui.perfetto.dev')
+    return shares
+
+
+# a fused kernel of torch.compile has the names of all it computes, but is not one of these
+FUSED = '^(?!triton_(?!tem_)|cpp_fused)'
+ATTENTION = re.compile(FUSED + '.*(flash|fmha|attention)')
+MATMUL = re.compile(FUSED + '.*(gemm|nvjet|xmma|cutlass|(:|_)(add|b|badd)?mm($|_)|linear)')
+
+
+def compute_shares(events):
+    """The shares of the time in which a device computes attention, matmuls or something else.
+
+    events are (name, start, end) each: kernels of a GPU, or operators of a CPU, which may contain
+    each other. In the gaps the device does nothing: it waits for the host.
+    """
+    if not events:
+        return {}
+    first_start, last_end = min(start for _, start, _ in events), max(end for *_, end in events)
+    attention = [event for event in events if ATTENTION.search(event[0])]
+    attention_time = unite(attention)
+    matmul_time = unite(attention + [event for event in events if MATMUL.search(event[0])])
+    busy_time = unite(events)
+    times = {'attention': attention_time, 'matmul': matmul_time - attention_time,
+             'other': busy_time - matmul_time, 'gaps': last_end - first_start - busy_time}
+    return {kind: time / (last_end - first_start) for kind, time in times.items()}
+
+
+def unite(events):
+    """The time in which at least one of the events runs."""
+    total = latest_end = 0
+    for _, start, end in sorted(events, key=lambda event: event[1]):
+        start = max(start, latest_end)
+        total += max(0, end - start)
+        latest_end = max(latest_end, end)
+    return total
 
 
 # -----------------------------------------------------------------------------
 # the device's own rates
 def measure_best(work, device):
+    """The seconds of the work, the best of three timings.
+
+    Short work is repeated within each, so that starting it and waiting for it don't count.
+    """
     measure(work, device)
-    return min(measure(work, device) for _ in range(3))
+    repeats = max(1, min(200, int(0.1 / measure(work, device))))
+    return min(measure(work, device, repeats) for _ in range(3))
 
 
 def measure_matmul_rates(device, dtype):
     """{size: FLOP/s} of square matmuls, each the best of three."""
     rates = {}
-    for n in (1024, 2048, 4096):
+    is_cpu = torch.device(device).type == 'cpu'
+    for n in (1024, 2048, 4096) if is_cpu else (2048, 4096, 8192):
         a = torch.randn(n, n, device=device, dtype=dtype)
         b = torch.randn(n, n, device=device, dtype=dtype)
         rates[n] = 2 * n ** 3 / measure_best(lambda: a @ b, device)
@@ -130,8 +206,11 @@ def measure_matmul_rates(device, dtype):
 
 
 def measure_read_rate(device):
-    """Bytes per second at which a GiB is read, the best of three."""
-    x = torch.ones(2 ** 28, device=device)
+    """Bytes per second at which memory is read, 1 GiB on a CPU, up to 4 GiB elsewhere."""
+    num_bytes = 2 ** 30
+    if torch.device(device).type != 'cpu':  # a GPU reads 1 GiB in 0.3 ms
+        num_bytes = min(2 ** 32, (read_free_memory(device) or 2 ** 32) // 4)
+    x = torch.ones(num_bytes // 4, device=device)
     return x.nbytes / measure_best(x.sum, device)
 
 

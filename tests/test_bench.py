@@ -6,6 +6,8 @@ import sys
 import pytest
 from conftest import TINY, run
 
+from runtime import timing
+
 ONLY_TRAIN = ('--gradient_accumulation_steps', '--eval_iters', '--warmup_iters',
               '--lr_decay_iters', '--learning_rate')
 SMALL = [arg for arg in TINY if arg.split('=')[0] not in ONLY_TRAIN]
@@ -89,6 +91,42 @@ def test_comparing_with_a_command(tmp_path):
         err = run('bench.py', *SMALL, '--real_data=False',
                   f'--compare={sys.executable} -c {code}', cwd=tmp_path, ok=False).stderr
         assert words in err
+
+
+def test_comparing_with_a_command_that_stays(tmp_path):
+    code = ('import json, os, sys\nfor n, line in enumerate(sys.stdin):\n'
+            '    print(json.dumps(dict(tokens_per_s=64 + n, pid=os.getpid())), flush=True)\n'
+            '    if n == 3: sys.exit(5)')
+    work = timing.run_process([sys.executable, '-c', code, '--turns=True'])
+    lines = [json.loads(work()) for _ in range(3)]
+    assert [line['tokens_per_s'] for line in lines] == [64, 65, 66]
+    assert len({line['pid'] for line in lines}) == 1
+    assert timing.measure(work, 'cpu', tokens=134) == 2.0
+    with pytest.raises(SystemExit):
+        work()
+
+
+def test_the_shares_of_a_profile():
+    events = [('aten::linear', 0, 40), ('aten::addmm', 5, 35), ('flash_fwd_kernel', 40, 50),
+              ('triton_poi_fused_gelu', 45, 60), ('sm90_xmma_gemm_bf16', 70, 90),
+              ('nvjet_hsh_128x256', 85, 95), ('triton_red_fused__log_softmax_flash_mm_0', 75, 85),
+              ('cpp_fused_addmm_gelu_3', 50, 58), ('vectorized_elementwise', 98, 100)]
+    shares = timing.compute_shares(events)
+    assert shares == pytest.approx(dict(attention=0.1, matmul=0.65, other=0.12, gaps=0.13))
+    assert timing.compute_shares([]) == {}
+
+
+def test_short_work_is_repeated_within_a_timing(monkeypatch):
+    calls, rows = [], []
+    measure = timing.measure
+    monkeypatch.setattr(timing, 'measure', lambda work, device, repeats=1: rows.append(repeats)
+                        or measure(work, device, repeats))
+    timing.measure_best(lambda: calls.append(1), 'cpu')
+    assert rows == [1, 1, 200, 200, 200] and len(calls) == 602
+    rows.clear()
+    monkeypatch.setattr(timing, 'measure', lambda work, device, repeats=1: rows.append(repeats)
+                        or 0.5)
+    assert timing.measure_best(None, 'cpu') == 0.5 and rows == [1, 1, 1, 1, 1]
 
 
 @pytest.mark.slow

@@ -41,15 +41,6 @@ def test_devices(capsys):
         assert 'not available' in expect_error(capsys, machine.choose_device, 'cuda')
 
 
-@pytest.mark.gpu
-def test_cuda_means_the_local_rank(monkeypatch, capsys):
-    monkeypatch.setenv('LOCAL_RANK', '0')
-    for device in ('auto', 'cuda', 'cuda:5'):
-        assert machine.choose_device(device, 0)[0] == 'cuda:0'
-    count = torch.cuda.device_count()
-    assert 'at most' in expect_error(capsys, machine.choose_device, 'cuda', count)
-
-
 def test_memory_estimate_has_16_bytes_per_parameter():
     config = GPTConfig()
 
@@ -61,6 +52,13 @@ def test_memory_estimate_has_16_bytes_per_parameter():
     assert estimate(2)[1] == 2 * small < estimate(2, 'float32')[1]
     assert estimate(2, stores_logits=False)[1] < 2 * small  # never all logits at once
     assert estimate(recomputes_layers=True)[1] < small
+    # torch.compile keeps the logits and their gradient in 16 bits, and nothing of them in 32
+    logits = config.block_size * config.vocab_size
+    assert small - estimate(compile=True)[1] == 8 * logits
+    assert small - estimate(compile=True, device_type='cpu')[1] < 8 * logits
+    for batch_size in (32, 64):  # they fit into 80 GB
+        assert sum(machine.estimate_training_bytes(config, 124e6, 992e6, batch_size, 'bfloat16',
+                                                   compile=True)) < 40 * 2 ** 30
     parts = [[machine.estimate_training_bytes(config, 2 ** 30, 2 ** 33, 1, 'bfloat16',
                                               parallel=parallel, ranks=ranks)[0]
               for ranks in (1, 2, 4)]
