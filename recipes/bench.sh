@@ -2,19 +2,17 @@
 # Measures every row of the speed table in docs/speed.md, which takes about half an hour on 2 cores.
 # It runs on Linux. Run nothing else at the same time.
 #
-#     bash recipes/bench.sh [FOLDER [PLAIN]]
+#     bash recipes/bench.sh [FOLDER]
 #
-# FOLDER (out-bench) is where a table and a line of JSON are written for each row. PLAIN is a script
-# that trains and generates in plain PyTorch. It is called with the arguments below, and some rows
-# compare with it. Without PLAIN these rows have no comparison.
+# FOLDER (out-bench) is where a table and a line of JSON are written for each row. Some rows compare
+# with plain PyTorch, recipes/peers/plain.py.
 set -euo pipefail
 folder=$(realpath -m "${1:-out-bench}")
-plain_command=${2:+python $(realpath "$2")}
 cd "$(dirname "$0")/.."
 mkdir -p "$folder"
 
-plain() {  # prints the command that runs PLAIN with these arguments; nothing without PLAIN
-    if [ -n "$plain_command" ]; then echo "$plain_command $*"; fi
+plain() {  # prints the command that runs plain PyTorch with these arguments
+    echo "python recipes/peers/plain.py $*"
 }
 
 row() {  # the row's name; what to compare with, or nothing; the arguments of bench.py

@@ -1,15 +1,13 @@
 """
 Compares nanoGPT's CPU recipe with the fast recipe, at three lengths: a table, and race.png.
 
-    python recipes/race.py [FOLDER [PLAIN]]
+    python recipes/race.py [FOLDER]
 
 It needs data/shakespeare_char, and takes five minutes on 2 CPU cores. The runs are one after the
 other; run nothing else at the same time. FOLDER is where the runs and race.png are written
 (out-race).
 
-PLAIN is a script that trains nanoGPT's recipe in plain PyTorch, as the baseline for the seconds.
-`PLAIN learn --data=DIR` must print JSON with iters, seconds and val_loss as its last line. Without
-it nanoGPT's recipe in train.py is the baseline.
+The baseline for the seconds is nanoGPT's recipe in plain PyTorch, recipes/peers/plain.py.
 
 A val loss is the mean over the whole val split, in windows of 64 tokens. Seconds count only the
 training. The last line is JSON.
@@ -23,7 +21,7 @@ import sys
 from matplotlib.figure import Figure
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
-from plot import positions, read_metrics
+from plot import locate, read_metrics
 from runtime.console import ROOT
 
 LENGTHS = (80, 140, 1100)  # iterations; 1,100 take a little less time than nanoGPT's 2,000
@@ -41,12 +39,13 @@ def train(name, config, *flags):
         sys.exit(run.returncode)  # train.py has printed what is wrong
     iterations, evaluations = read_metrics(out_dir)
     last = evaluations[-1]
-    seconds = positions(evaluations, iterations, 'seconds')[-1]
+    seconds = locate(evaluations, iterations, 'seconds')[-1]
     return name, last['iter'], round(seconds, 2), round(last['val/loss'], 4)
 
 
-def run_plain(script):
-    """Runs the script PLAIN; returns a row of the table."""
+def run_plain():
+    """Runs nanoGPT's recipe in plain PyTorch; returns a row of the table."""
+    script = os.path.join(ROOT, 'recipes', 'peers', 'plain.py')
     data_dir = os.path.join(ROOT, 'data', 'shakespeare_char')
     command = [sys.executable, script, 'learn', f'--data={data_dir}']
     run = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -61,7 +60,7 @@ def draw(names):
         for name in names:
             iterations, evaluations = read_metrics(os.path.join(folder, name))
             losses = [e['val/loss'] for e in evaluations]
-            panel.plot(positions(evaluations, iterations, x), losses, '.-', label=name)
+            panel.plot(locate(evaluations, iterations, x), losses, '.-', label=name)
         panel.set(title='val loss (nats per token)', xlabel=f'{x} of training', ylim=(1.4, 2.6))
         panel.grid(alpha=0.3)
     panel.legend()
@@ -72,9 +71,7 @@ if {'-h', '--help'} & set(sys.argv):
     print(__doc__)
     sys.exit()
 folder = os.path.abspath(sys.argv[1] if len(sys.argv) > 1 else 'out-race')
-rows = []
-if len(sys.argv) > 2:
-    rows.append(run_plain(sys.argv[2]))
+rows = [run_plain()]
 runs = [train('nanogpt-recipe', 'train_shakespeare_char_cpu')]
 for n in LENGTHS:
     runs.append(train(f'fast-{n}', 'train_shakespeare_char_fast', f'--max_iters={n}',
