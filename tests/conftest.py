@@ -235,8 +235,14 @@ def metrics(out_dir, event):
     return [e for e in events if e['event'] == event]
 
 
+def pytest_addoption(parser):
+    parser.addoption('--device', default='cuda', help='where the tests marked gpu run')
+
+
 def pytest_runtest_setup(item):
-    if item.get_closest_marker('gpu') and not torch.cuda.is_available():
+    device_type = torch.device(item.config.getoption('--device')).type
+    needs_cuda = item.get_closest_marker('gpu') and device_type == 'cuda'
+    if needs_cuda and not torch.cuda.is_available():
         pytest.skip('needs a CUDA device')
 
 

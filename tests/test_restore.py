@@ -100,15 +100,3 @@ def test_optimizer_state_of_another_device_keeps_our_implementation(trained):
     _, optimizer = load_optimizer(state, path, 'cpu')
     for group in optimizer.param_groups:
         assert group['fused'] is True and not group['foreach']
-
-
-@pytest.mark.gpu
-def test_a_state_from_a_cpu_continues_on_a_gpu(trained):
-    path = os.path.join(trained, 'ckpt.pt')
-    state = checkpoint.load(path)
-    for group in state['optimizer']['param_groups']:
-        group.update(fused=None)
-    model, optimizer = load_optimizer(state, path, 'cuda')
-    x = torch.zeros(1, 8, dtype=torch.long, device='cuda')
-    model(x, x)[1].backward()
-    optimizer.step()

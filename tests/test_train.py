@@ -237,24 +237,6 @@ def test_the_best_is_saved_even_right_after_a_resume(char_data, tmp_path):
     assert best['best_val_loss'] == pytest.approx(state['best_val_loss'])
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize('dtype', ['float16', 'bfloat16', 'float32'])
-def test_on_a_gpu(char_data, tmp_path, dtype):
-    args = [a for a in TINY if not a.startswith(('--device', '--dtype'))]
-    args += [f'--dtype={dtype}', '--device=cuda', f'--dataset={char_data}',
-             f'--out_dir={tmp_path}']
-    out = run('train.py', *args, '--max_iters=60', '--eval_interval=30')
-    assert 'cuda:0' in out.stdout and ', compiled' in out.stdout
-    evals = metrics(tmp_path, 'eval')
-    assert evals[-1]['val/loss'] < evals[0]['val/loss'] - 1.0
-    run('train.py', *args, '--max_iters=62', '--init_from=resume')
-    out = run('sample.py', f'--out_dir={tmp_path}', '--num_samples=2', '--max_new_tokens=50')
-    assert out.stdout.count('-' * 15) == 2
-    out = run('bench.py', '--n_layer=2', '--n_embd=128', '--n_head=2', '--batch_size=4',
-              f'--dtype={dtype}')
-    assert json.loads(out.stdout.splitlines()[-1])['mfu'] != 0
-
-
 def test_another_run_from_scratch_keeps_the_earlier_one(char_data, tmp_path):
     args = [*TINY, f'--dataset={char_data}', f'--out_dir={tmp_path}']
     kept = tmp_path / 'previous' / 'ckpt.pt'
