@@ -120,7 +120,7 @@ fi
 import contextlib, datetime, json, os, platform, sys, traceback
 sys.path.insert(0, '.')
 import torch
-from plot import read_metrics
+from plot import locate, read_metrics
 folder, seconds = sys.argv[1], int(sys.argv[2])
 results = dict(date=datetime.date.today().isoformat(), python=platform.python_version(),
                torch=torch.__version__, cuda=torch.version.cuda, seconds=seconds, parts={})
@@ -142,12 +142,10 @@ def read_run(name):
         return {}
     iterations, evaluations = read_metrics(os.path.join(folder, f'run-{name}'))
     losses = [event['val/loss'] for event in evaluations]
-    figures = dict(iterations=iterations[-1]['iter'] + 1, val_loss=losses[-1],
-                   best_val_loss=min(losses), first_iteration_seconds=iterations[0]['ms'] / 1000)
-    # each line has the mean over the iterations since the line before
-    figures['training_seconds'] = sum(line['ms'] * (line['iter'] - previous['iter']) / 1000
-                                      for previous, line in zip(iterations, iterations[1:]))
-    return figures
+    first_seconds = iterations[0]['ms'] / 1000
+    seconds = float(locate(evaluations, iterations, 'seconds')[-1])
+    return dict(iterations=evaluations[-1]['iter'], val_loss=losses[-1], best_val_loss=min(losses),
+                first_iteration_seconds=first_seconds, training_seconds=seconds - first_seconds)
 
 
 for line in open(os.path.join(folder, 'parts.tsv')):

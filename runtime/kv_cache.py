@@ -278,8 +278,8 @@ class CachedModel:
         num_known = min(n, self.cache.length)
         if num_known:
             idx = torch.cat((recent_idx[:, n - num_known:], idx), dim=1)
-        num_known = min(n, idx.size(1))
-        recent_idx[:, n - num_known:] = idx[:, -num_known:]  # in place, for CUDA graphs
+        num_kept = min(n, idx.size(1))
+        recent_idx[:, n - num_kept:] = idx[:, -num_kept:]  # in place, for CUDA graphs
         return embed(idx)[:, -T:]
 
     def is_steady(self):
