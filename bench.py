@@ -29,11 +29,11 @@ import numpy as np
 import torch
 
 from model import GPT, GPTConfig
-from runtime import checkpoint, inference, kernels, machine, optimizers, report, settings, timing
+from runtime import checkpoint, inference, kernels, machine, memory, optimizers, report, restore
+from runtime import settings, timing
 from runtime.compiler import has_failed
 from runtime.console import ROOT, fail, format_bytes
 from runtime.dataset import DataOrder, check_ids, locate_data, move_to_device, open_bin
-from runtime.restore import choose_args
 from runtime.tokenizer import read_meta
 
 # what to measure
@@ -110,7 +110,7 @@ options = {field.name for field in dataclasses.fields(GPTConfig)} - {'vocab_size
 if options - set(config):
     fail(f'GPTConfig has {", ".join(options - set(config))}, but bench.py does not',
          'add it to the settings of bench.py')
-model = GPT(GPTConfig(vocab_size=vocab_size, **choose_args(GPTConfig, config)))
+model = GPT(GPTConfig(vocab_size=vocab_size, **restore.choose_args(GPTConfig, config)))
 num_params = model.get_num_params()
 flops_per_token = model.estimate_mfu(1, 1.0) * machine.A100_FLOPS / block_size
 kernels.accelerate(model, device_type, dtype)
@@ -128,12 +128,12 @@ def make_optimizer(model):
 
 
 def estimate_memory(batch_size, optimizer_bytes):
-    return sum(machine.estimate_training_bytes(
+    return sum(memory.estimate_training_bytes(
         model.config, model.get_num_params(False), optimizer_bytes, batch_size, dtype, device_type,
         kernels.stores_logits(model), compile, activation_checkpointing))
 
 
-free_bytes = machine.read_free_memory(device)
+free_bytes = memory.read_free_memory(device)
 if what == 'train' and free_bytes:
     optimizer_bytes = optimizers.count_state_bytes(make_optimizer(model))
     while batch_size > 1 and estimate_memory(batch_size, optimizer_bytes) > free_bytes:
@@ -261,7 +261,7 @@ gc.freeze()  # as train.py does
 profiler = timing.start_profiler(out_dir) if profile else None
 times, *their_times = timing.measure_in_turns(works, device, repeats, tokens_each,
                                               short_works=[] if profile else in_process)
-memory = timing.read_peak_memory(device)
+peak_bytes = timing.read_peak_memory(device)
 
 # -----------------------------------------------------------------------------
 # the report
@@ -273,7 +273,7 @@ result = dict(what=what, compare=compare, device=name, dtype=dtype, compile=comp
               date=datetime.date.today().isoformat(), optim=optim, moments_dtype=moments_dtype,
               activation_checkpointing=activation_checkpointing, **vars(model.config),
               batch_size=num_samples if is_sampling else batch_size, times=len(times),
-              ms_per_iter=1000 * dt, peak_memory_bytes=memory)
+              ms_per_iter=1000 * dt, peak_memory_bytes=peak_bytes)
 if profiler:
     result.update(profile=timing.print_profile(profiler, device_type, out_dir))
 result.update(timing.print_times(times, their_times[0] if compare else None, tokens_each))
@@ -286,8 +286,8 @@ if what == 'prefill':
 if what == 'decode':  # each token needs all the weights once
     num_bytes = num_params * ptdtype.itemsize
     result.update(timing.print_read_share(times, max_new_tokens, num_bytes, device))
-if memory:
-    print(f'{"peak memory":26} {format_bytes(memory):>12}')
+if peak_bytes:
+    print(f'{"peak memory":26} {format_bytes(peak_bytes):>12}')
 mfu = 'n/a'
 if what == 'train':
     peak_flops = machine.find_peak_flops(device)

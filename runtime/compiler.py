@@ -13,6 +13,24 @@ from runtime.console import get_first_line, note, warn
 LONG_SECONDS = 10  # compiling that takes longer shows its time
 
 
+def check_cache_folder():
+    """Leaves out the setting for torch's cache of compiled code if that can't be written.
+
+    Otherwise torch would raise an error when it is imported, also if nothing is compiled.
+    """
+    path = os.environ.get('TORCHINDUCTOR_CACHE_DIR')
+    try:
+        if path and not os.access(path, os.W_OK):
+            os.makedirs(path)
+    except OSError as e:
+        warn(f'TORCHINDUCTOR_CACHE_DIR={path} cannot be written to ({e.strerror}), so compiled '
+             'code is kept elsewhere')
+        del os.environ['TORCHINDUCTOR_CACHE_DIR']
+
+
+check_cache_folder()  # now, as torch reads it soon
+
+
 def compile_copy(model):
     """torch.compile(model): a module with the same weights, which is compiled."""
     watch_compiler()

@@ -1,16 +1,14 @@
 """
-The machine: which device, number format and compiling to use and why, and its memory.
+The machine: which device, number format and compiling to use and why, and how fast it can be.
 """
-import contextlib
-import ctypes
 import importlib.util
 import os
 import re
-import sys
 
 import torch
 
-from runtime.console import fail, format_bytes, say, warn
+from runtime.console import fail
+from runtime.memory import keep_freed_memory
 
 
 def choose_device(device, local_rank=0):
@@ -142,84 +140,6 @@ def find_peak_flops(device):
     return peak_flops(torch.cuda.get_device_name(device))
 
 
-def estimate_training_bytes(config, num_params, optimizer_bytes, batch_size, dtype,
-                            device_type='cuda', stores_logits=True, compile=False,
-                            recomputes_layers=False, parallel='ddp', ranks=1):
-    """Estimates the bytes that training needs on one rank: (model state, peak of activations).
-
-    The model state is weights and gradients, 4 bytes each per parameter, and the optimizer's own
-    state. With zero1 and fsdp each rank has a part of it; fsdp also needs room for the whole
-    embedding and its gradient. The activations are what the backward pass keeps: the logits with
-    their gradient, and about 34 x C bytes per token and layer in 16-bit numbers (Korthikanti et
-    al. 2022, https://arxiv.org/abs/2205.05198). On a CPU the attention matrix comes on top with
-    dropout and in bfloat16.
-    """
-    width = 2 if dtype == 'float32' else 1  # in units of 16 bits
-    tokens = batch_size * config.block_size
-    layer_bytes = 34 * config.n_embd * width
-    if device_type == 'cpu' and config.dropout:
-        layer_bytes += 4 * (config.n_head * config.block_size + config.n_embd) * 2 * width
-    elif device_type == 'cpu' and dtype == 'bfloat16' and config.block_size <= 1024:
-        layer_bytes += 2 * config.n_head * config.block_size  # see kernels.Attention
-    if recomputes_layers:  # only one layer's activations, and the inputs of the others
-        layers_bytes = layer_bytes + 4 * config.n_layer * config.n_embd
-    else:
-        layers_bytes = config.n_layer * layer_bytes
-    logits = tokens * config.vocab_size
-    logit_bytes = 8 + 4 * width  # with the gradient, and both in float32
-    if compile:  # without a copy in float32; on CPUs it took 8 bytes in float32 and bfloat16
-        logit_bytes = 8 if device_type == 'cpu' else 4 * width
-    elif not stores_logits:
-        logits = min(logits, 2 ** 25)  # see cross_entropy.LinearCrossEntropy
-    state_bytes = 8 * num_params + optimizer_bytes
-    if parallel == 'zero1':
-        state_bytes = 8 * num_params + optimizer_bytes // ranks
-    if parallel == 'fsdp' and ranks > 1:
-        state_bytes = state_bytes // ranks + 8 * config.vocab_size * config.n_embd
-    return state_bytes, tokens * layers_bytes + logits * logit_bytes
-
-
-def plan_memory(state_bytes, activation_bytes, allocated_bytes, device, ranks):
-    """Prints the estimate, and warns if the part of it that isn't allocated yet may not fit.
-
-    A system that runs out of memory kills the process without a message.
-    """
-    text = (f'memory: {format_bytes(state_bytes)} for weights, gradients and optimizer state, '
-            f'about {format_bytes(activation_bytes)} for activations')
-    if ranks > 1:
-        text += ', on each rank'
-    say(text)
-    free_bytes = read_free_memory(device)
-    if free_bytes is not None and state_bytes - allocated_bytes + activation_bytes > free_bytes:
-        warn(f'that may not fit: {format_bytes(free_bytes)} are free on {device}')
-
-
-def read_free_memory(device):
-    """Bytes that can still be allocated on the device; None where the system doesn't report it."""
-    device_type = torch.device(device).type
-    if device_type in ('cuda', 'xpu'):
-        return getattr(torch, device_type).mem_get_info(device)[0]
-    try:
-        with open('/proc/meminfo') as f:
-            line = next(line for line in f if line.startswith('MemAvailable'))
-    except (OSError, StopIteration):
-        return None
-    free_bytes = int(line.split()[1]) * 1024
-    with contextlib.suppress(OSError, ValueError):  # a container may have less; 'max': no limit
-        paths = '/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory.current'
-        limit_bytes, used_bytes = (open(path).read() for path in paths)
-        free_bytes = min(free_bytes, max(0, int(limit_bytes) - int(used_bytes)))
-    return free_bytes
-
-
-def has_room(num_bytes, device):
-    """Whether a copy of this size fits in the free memory of the CPU, with something to spare."""
-    if torch.device(device).type != 'cpu':
-        return True  # the copy is in the CPU's memory, and the model isn't
-    free_bytes = read_free_memory(device)
-    return free_bytes is None or free_bytes > 1.2 * num_bytes
-
-
 def prepare_training(device_type, compile, parallel):
     """Sets torch and the C library for training on this type of device."""
     torch.set_float32_matmul_precision('high')  # TF32 where the hardware has it
@@ -247,49 +167,3 @@ def synchronize(device):
     """Waits until the device has done all its work."""
     if torch.device(device).type != 'cpu':
         torch.accelerator.synchronize(device)
-
-
-def keep_freed_memory():
-    """Makes glibc keep the memory that CPU tensors free, for the next ones.
-
-    By default glibc returns large blocks to the system, so every step maps and zeroes each page
-    again: 11.1 s a step of config/train_shakespeare_char.py instead of 7.3. The peak stays equal.
-    """
-    try:
-        mallopt = ctypes.CDLL('libc.so.6').mallopt
-    except (OSError, AttributeError):  # another C library
-        return
-    mallopt(-4, 0)  # M_MMAP_MAX: every block comes from the heap
-    mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap doesn't shrink
-
-
-def explain_out_of_memory(device, batch_size, block_size, gradient_accumulation_steps):
-    """From here on, running out of memory ends the program with one line that names ways out."""
-    earlier_hook = sys.excepthook
-
-    def hook(kind, e, trace):
-        text = str(e)  # torch has no class of its own for this error on a CPU
-        phrases = ('out of memory', "can't allocate memory")
-        if not issubclass(kind, MemoryError) and not any(phrase in text for phrase in phrases):
-            return earlier_hook(kind, e, trace)
-        request = 'more memory'
-        free_text = 'an unknown amount'
-        free_bytes = read_free_memory(device)
-        match = re.search(r'[Tt]ried to allocate ([\d.]+) (\w+)', text)
-        if match:
-            request = f'{match[1]} {match[2]}'
-            if match[2] == 'bytes':
-                request = f'{int(match[1]) / 2 ** 30:.2f} GiB'
-        if free_bytes is not None:
-            free_text = f'{free_bytes / 2 ** 30:.2f} GiB'
-        sequences = gradient_accumulation_steps * batch_size
-        batch_sizes = [b for b in range(batch_size // 2, 0, -1) if batch_size % b == 0][:2]
-        pairs = [f'--batch_size={b} --gradient_accumulation_steps={sequences // b}'
-                 for b in batch_sizes]
-        remedy = 'use a smaller --block_size or model'
-        if pairs:
-            remedy = f'for the same {sequences * block_size:,} tokens/iter use {" or ".join(pairs)}'
-        print(f'error: out of memory on {device}: {request} asked for, {free_text} free; {remedy}',
-              file=sys.stderr, flush=True)
-
-    sys.excepthook = hook

@@ -49,8 +49,8 @@ def _listen(pipe):
                 _saves_requested += 1
             elif number in _earlier_handlers:
                 if _stop_time and time.monotonic() - _stop_time > 3:
-                    os._exit(128 + number)
-                _stop_signal = number
+                    os._exit(128 + _stop_signal)
+                _stop_signal = _stop_signal or number
                 _stop_time = _stop_time or time.monotonic()
 
 

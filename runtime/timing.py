@@ -17,7 +17,8 @@ import time
 import torch
 
 from runtime.console import fail, make_folder
-from runtime.machine import read_free_memory, synchronize
+from runtime.machine import synchronize
+from runtime.memory import read_free_memory
 
 MAX_SECONDS = 20  # for the repetitions of one work; 60 for two in turns
 

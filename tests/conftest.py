@@ -18,7 +18,7 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GOLDEN = os.path.join(ROOT, 'tests', 'golden')
 sys.path.insert(0, ROOT)
-from runtime import checkpoint
+from runtime import checkpoint, console
 
 os.environ.update(HF_HUB_OFFLINE='1', WANDB_MODE='offline', WANDB_SILENT='true', PYTHONPATH=ROOT,
                   PYTHONIOENCODING='utf-8')
@@ -129,12 +129,16 @@ def run(*command, ok=True, cwd=ROOT, **env):
     return check_result(subprocess.CompletedProcess(command, process.returncode, out, err), ok)
 
 
-def start_ranks(processes, *command, cwd=ROOT, threads=1):
-    """Starts a script in that many processes, with the variables that torchrun sets for them."""
+def start_ranks(processes, *command, cwd=ROOT, threads=1, last_args=()):
+    """Starts a script in that many processes, with the variables that torchrun sets for them.
+
+    last_args are arguments that only the last rank gets.
+    """
     with socket.socket() as s:
         s.bind(('localhost', 0))
         port = str(s.getsockname()[1])
-    return [Process(*command, cwd=cwd, RANK=str(rank), LOCAL_RANK=str(rank),
+    commands = [command] * (processes - 1) + [(*command, *last_args)]
+    return [Process(*commands[rank], cwd=cwd, RANK=str(rank), LOCAL_RANK=str(rank),
                     WORLD_SIZE=str(processes), MASTER_ADDR='localhost', MASTER_PORT=port,
                     OMP_NUM_THREADS=str(threads)) for rank in range(processes)]
 
@@ -235,6 +239,24 @@ def metrics(out_dir, event):
     return [e for e in events if e['event'] == event]
 
 
+def wait_until(condition, process):
+    """Waits until condition() is true; fails if the process ends before."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, process.read_output()
+        time.sleep(0.005)
+
+
+def has_iterations(out_dir, n):
+    """A condition: the run in out_dir has logged so many iterations."""
+    def condition():
+        try:
+            return len(metrics(out_dir, 'iter')) >= n
+        except OSError:  # the file isn't there yet
+            return False
+    return condition
+
+
 def pytest_addoption(parser):
     parser.addoption('--device', default='cuda', help='where the tests marked gpu run')
 
@@ -244,6 +266,13 @@ def pytest_runtest_setup(item):
     needs_cuda = item.get_closest_marker('gpu') and device_type == 'cuda'
     if needs_cuda and not torch.cuda.is_available():
         pytest.skip('needs a CUDA device')
+
+
+@pytest.fixture(autouse=True)
+def forget_the_last_act():
+    """A script that an error has ended in this process must not save its state in another test."""
+    yield
+    console.act_before_errors(None)
 
 
 @pytest.fixture(scope='session')

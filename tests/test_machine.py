@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, TINY, expect_error, run_here
 
 from model import GPT, GPTConfig
-from runtime import checkpoint, machine, optimizers
+from runtime import checkpoint, machine, memory, optimizers
 from runtime.console import format_bytes
 
 
@@ -45,7 +45,7 @@ def test_memory_estimate_has_16_bytes_per_parameter():
     config = GPTConfig()
 
     def estimate(batch_size=1, dtype='bfloat16', **options):
-        return machine.estimate_training_bytes(config, 1000, 8000, batch_size, dtype, **options)
+        return memory.estimate_training_bytes(config, 1000, 8000, batch_size, dtype, **options)
 
     state, small = estimate()
     assert state == 16000
@@ -57,9 +57,9 @@ def test_memory_estimate_has_16_bytes_per_parameter():
     assert small - estimate(compile=True)[1] == 8 * logits
     assert small - estimate(compile=True, device_type='cpu')[1] < 8 * logits
     for batch_size in (32, 64):  # they fit into 80 GB
-        assert sum(machine.estimate_training_bytes(config, 124e6, 992e6, batch_size, 'bfloat16',
+        assert sum(memory.estimate_training_bytes(config, 124e6, 992e6, batch_size, 'bfloat16',
                                                    compile=True)) < 40 * 2 ** 30
-    parts = [[machine.estimate_training_bytes(config, 2 ** 30, 2 ** 33, 1, 'bfloat16',
+    parts = [[memory.estimate_training_bytes(config, 2 ** 30, 2 ** 33, 1, 'bfloat16',
                                               parallel=parallel, ranks=ranks)[0]
               for ranks in (1, 2, 4)]
              for parallel in ('ddp', 'zero1', 'fsdp')]
@@ -115,7 +115,7 @@ def test_freed_memory_is_kept():
     # in its own process, as the setting stays
     code = """if True:
         import resource, torch
-        from runtime import machine
+        from runtime import memory
         def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         def steps():
             before = faults()
@@ -123,7 +123,7 @@ def test_freed_memory_is_kept():
                 torch.ones(2 ** 24)  # 64 MiB
             return faults() - before
         first = steps()
-        machine.keep_freed_memory()
+        memory.keep_freed_memory()
         steps()  # the heap finds its size
         print(first, steps())"""
     out = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
@@ -133,7 +133,7 @@ def test_freed_memory_is_kept():
 
 
 def test_free_memory_is_known_on_linux():
-    free = machine.read_free_memory('cpu')
+    free = memory.read_free_memory('cpu')
     assert free is None or 2 ** 20 < free < 2 ** 50
 
 

@@ -15,7 +15,7 @@ from conftest import ROOT, TINY
 from safetensors.torch import save_file
 
 from model import GPTConfig
-from runtime import huggingface, machine
+from runtime import huggingface, memory
 
 linux = pytest.mark.skipif(not os.path.exists('/proc/self/status'),
                            reason='needs Linux, where a process can ask for its peak')
@@ -160,7 +160,7 @@ def test_out_of_memory_names_pairs_that_keep_the_batch(char_data, tmp_path):
 
 
 def test_a_run_that_may_not_fit_gets_a_warning(capsys):
-    machine.plan_memory(2 ** 50, 2 ** 50, allocated_bytes=2 ** 50, device='cpu', ranks=1)
+    memory.plan_memory(2 ** 50, 2 ** 50, allocated_bytes=2 ** 50, device='cpu', ranks=1)
     assert 'that may not fit' in capsys.readouterr().err
-    machine.plan_memory(2 ** 50, 2 ** 20, allocated_bytes=2 ** 50, device='cpu', ranks=1)
+    memory.plan_memory(2 ** 50, 2 ** 20, allocated_bytes=2 ** 50, device='cpu', ranks=1)
     assert not capsys.readouterr().err

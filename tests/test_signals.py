@@ -13,33 +13,19 @@ from conftest import (
     TINY,
     Process,
     equal_states,
+    has_iterations,
     list_files,
     metrics,
     run,
     run_ranks,
     start_ranks,
+    wait_until,
 )
 
 from runtime import checkpoint
 
 fcntl, termios = pytest.importorskip('fcntl'), pytest.importorskip('termios')
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='signals as POSIX has them')
-
-
-def wait_until(condition, process):
-    end = time.monotonic() + 60
-    while not condition():
-        assert process.poll() is None and time.monotonic() < end, process.read_output()
-        time.sleep(0.005)
-
-
-def has_iterations(out_dir, n):
-    def condition():
-        try:
-            return len(metrics(out_dir, 'iter')) >= n
-        except OSError:  # the file isn't there yet
-            return False
-    return condition
 
 
 @pytest.fixture(scope='module')
@@ -226,3 +212,27 @@ def test_signals_work_in_a_process_without_torch_distributed():
     result = subprocess.run([sys.executable, '-c', WITHOUT_TORCH], cwd=ROOT, capture_output=True,
                             text=True, timeout=120)
     assert result.stdout == 'all of it works\n' and not result.stderr, result.stderr
+
+
+FIRST = """
+import os, signal
+from runtime import signals
+signals.catch()
+def send(name):
+    os.kill(os.getpid(), getattr(signal, name))
+send(NAMES[0])
+while not signals.read_requests()[0]:
+    pass
+for name in (*NAMES[1:], 'SIGUSR1'):
+    send(name)
+while not signals.read_requests()[1]:  # it comes last
+    pass
+assert signals.read_requests()[0] == getattr(signal, NAMES[0])
+"""
+
+
+@pytest.mark.parametrize('names', [('SIGTERM', 'SIGINT'), ('SIGHUP', 'SIGTERM'),
+                                   ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGTERM')])
+def test_the_first_of_several_signals_counts(names):
+    subprocess.run([sys.executable, '-c', f'NAMES = {names}\n{FIRST}'], check=True, cwd=ROOT,
+                   timeout=60)
