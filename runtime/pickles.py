@@ -5,25 +5,26 @@ Python's pickle.load would run any code that the file names. torch.load with wei
 only functions that it knows, but some of them take any amount of memory or time, or overflow the
 stack. So read() goes through a pickle first, and calls nothing that the file names.
 """
+import contextlib
 import pickletools
 import re
 import struct
 
-# operations by what they put on the stack: their argument, a value, a list or a tuple
+# operations by what they put on the stack: their argument, a value, a list, a tuple or a dict
 ARGUMENTS = set("""
-    INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE
-    SHORT_BINUNICODE BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8""".split())
+    INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING
+    UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8
+    BYTEARRAY8""".split())
 VALUES = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False}
-LISTS = {'EMPTY_LIST', 'LIST', 'EMPTY_SET', 'FROZENSET'}
-TUPLES = {'EMPTY_TUPLE', 'TUPLE', 'TUPLE1', 'TUPLE2', 'TUPLE3'}
-# those that take all items since the last mark from the stack, and those that take so many
-MARKED = {'LIST', 'TUPLE', 'FROZENSET', 'DICT', 'APPENDS', 'ADDITEMS', 'SETITEMS'}
-COUNTS = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3, 'APPEND': 1, 'SETITEM': 2, 'STACK_GLOBAL': 2,
-          'REDUCE': 2, 'BUILD': 1, 'BINPERSID': 1}
-# those that torch.load doesn't know
-META_OPERATIONS = set("""
-    INT LONG FLOAT STRING BINSTRING UNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES
-    BINBYTES8 LIST FROZENSET DICT ADDITEMS STACK_GLOBAL MEMOIZE PUT GET FRAME""".split())
+CONTAINERS = {
+    'EMPTY_LIST': list, 'LIST': list, 'EMPTY_SET': list, 'FROZENSET': list, 'EMPTY_DICT': dict,
+    'DICT': dict, **dict.fromkeys('EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3'.split(), tuple)}
+ADDITIONS = {'APPEND': list, 'APPENDS': list, 'ADDITEMS': list, 'SETITEM': dict, 'SETITEMS': dict}
+# all operations that torch.load knows and torch.save may write, but for the values above
+TORCH_OPERATIONS = set("""
+    BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINSTRING BINUNICODE NONE NEWTRUE NEWFALSE
+    EMPTY_LIST EMPTY_DICT EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM SETITEMS
+    MARK BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL REDUCE BUILD BINPERSID PROTO STOP""".split())
 # the names of types, which are values
 TYPE_NAME = re.compile(r'torch ((b?float|q?u?int|complex)\d\w*|bool|\w+Storage)|'
                        r'torch\.storage UntypedStorage')
@@ -31,97 +32,172 @@ META_TYPE_NAME = re.compile(r'numpy (u?int|float)\d+|'
                             r'builtins (int|long|float|str|unicode|list|dict)')
 NUMBERS = dict(zip('b1 i1 i2 i4 i8 u1 u2 u4 u8 f4 f8'.split(), '?bhiqBHIQfd'))  # numpy's, struct's
 
+# torch's unpickler and this one take up to 140 bytes for an operation, 200 for a container, 600 for
+# a call and 4 for a byte of text: so 0.6 GB at most, and 7 bytes more for each byte of the file
+FREE_OPERATIONS = 2 ** 22
+CONTAINER_COST, CALL_COST = 4, 8  # operations
+MAX_DEPTH = 100  # of containers inside one another
 
-def read(pickled, is_meta=False):
+
+def read(pickled, is_meta=False, file_size=0):
     """The plain values in a pickle. Sets become lists, tensors None, and types their names.
 
-    The size of a tensor is checked when it is loaded. ValueError or another exception if there is
-    anything else, or if it would take more memory than it can need. A meta.pkl may also have
-    numbers of numpy and such, and dicts with other keys, whose items are left out.
+    The size of a tensor is checked when it is loaded. ValueError if there is anything else, or if
+    it would take more memory than a file of file_size can need. A meta.pkl may also have numbers
+    of numpy. In it any other object becomes a dict, and items of dicts with other keys than texts
+    and numbers are left out.
     """
-    functions = {**FUNCTIONS, **META_FUNCTIONS} if is_meta else FUNCTIONS
-    stack, outer_stacks, memo = [], [], {}
-    num_copies = 0  # of items, by functions
-    for opcode, arg, _ in pickletools.genops(pickled):
+    reader = Reader(is_meta, FREE_OPERATIONS + max(file_size, len(pickled)) // 64)
+    try:
+        for opcode, arg, _ in pickletools.genops(pickled):
+            operands = reader.take(opcode)
+            values = reader.execute(opcode, arg, operands)  # first: it may begin a new stack
+            reader.stack += values
+    except (ArithmeticError, AttributeError, LookupError, TypeError, struct.error) as e:
+        raise ValueError('its pickle is damaged') from e
+    return operands[0]
+
+
+class Reader:
+    """The machine that a pickle is a program for. It has a stack of values and a memo."""
+
+    def __init__(self, is_meta, budget):
+        self.is_meta = is_meta
+        self.functions = {**FUNCTIONS, **META_FUNCTIONS} if is_meta else FUNCTIONS
+        self.budget = budget  # operations that are left
+        self.stack = []
+        self.outer_stacks = []
+        self.memo = {}
+        self.containers = []  # all of them, so that no id comes twice
+        self.depths = {}  # {id: depth} of containers, negative for those inside another one
+
+    def take(self, opcode):
+        """The operands of an operation, from the stack; those since the last mark come last."""
+        self.spend(CONTAINER_COST if opcode.name in CONTAINERS else 1)
+        names, items = opcode.stack_before, []
+        if pickletools.markobject in names:
+            items, self.stack = self.stack, self.outer_stacks.pop()
+            names = names[:names.index(pickletools.markobject)]
+        elif opcode.name == 'POP' and not self.stack:
+            self.stack = self.outer_stacks.pop()  # it takes the mark
+            return []
+        return [self.stack.pop() for _ in names][::-1] + items
+
+    def spend(self, cost):
+        """ValueError if the pickle has, or copies, more than it can need."""
+        self.budget -= cost
+        if self.budget < 0:
+            raise ValueError('it asks for more memory than it can need')
+
+    def execute(self, opcode, arg, operands):
+        """The values that the operation puts on the stack, in a list."""
         name = opcode.name
-        if name in META_OPERATIONS and not is_meta:
+        if name not in TORCH_OPERATIONS and not self.is_meta:
             raise ValueError(f'it asks for {name}, and torch has no such operation')
-        items = []
-        if name in MARKED:
-            items, stack = stack, outer_stacks.pop()
-        elif name in COUNTS:
-            items = [stack.pop() for _ in range(COUNTS[name])][::-1]
         if name in ARGUMENTS:
-            stack.append(arg)
-        elif name in VALUES:
-            stack.append(VALUES[name])
-        elif name in LISTS:
-            stack.append(items)
-        elif name in TUPLES:
-            stack.append(tuple(items))
-        elif name in ('APPEND', 'APPENDS', 'ADDITEMS'):
-            list.extend(stack[-1], items)
-        elif name in ('EMPTY_DICT', 'DICT', 'SETITEM', 'SETITEMS'):
-            if name.endswith('DICT'):
-                stack.append({})
-            for key, value in zip(items[::2], items[1::2], strict=True):
-                if is_plain_key(key):
-                    dict.update(stack[-1], {key: value})
-                elif not is_meta:
-                    raise ValueError('it has a key that is not a text or a number')
-        elif name == 'MARK':
-            outer_stacks.append(stack)
-            stack = []
-        elif name.endswith('PUT') or name == 'MEMOIZE':
-            memo[len(memo) if arg is None else arg] = stack[-1]
-        elif name.endswith('GET'):
-            stack.append(memo[arg])
-        elif name.endswith('GLOBAL'):
-            stack.append(check_name(arg or ' '.join(items), is_meta))
-        elif name == 'REDUCE':
-            num_copies += sum(len(value) for value in items[1] if hasattr(value, '__len__'))
-            if num_copies > 4 * len(pickled):  # it copies one value again and again
-                raise ValueError('it asks for more memory than it can need')
-            if items[0] not in functions:
-                raise ValueError('it calls something that is not a function')
-            stack.append(functions[items[0]](*items[1]))
-        elif name == 'BUILD':
-            check_attributes(stack[-1], items[0])
-        elif name == 'BINPERSID':  # the numbers of a tensor
-            if not is_plain_key(items[0]):
-                raise ValueError('it has a tensor without a name')
-            stack.append(None)
-        elif name not in ('PROTO', 'FRAME', 'STOP'):
-            raise ValueError(f'it asks for {name}, and data needs no code')
-    return stack.pop()
+            return [arg]
+        if name in VALUES:
+            return [VALUES[name]]
+        if name in CONTAINERS:
+            return [self.add(CONTAINERS[name](), operands)]
+        if name in ADDITIONS and isinstance(operands[0], ADDITIONS[name]):
+            return [self.add(operands[0], operands[1:])]
+        if name == 'MARK':
+            self.outer_stacks.append(self.stack)
+            self.stack = []
+            return []
+        if name.endswith('PUT') or name == 'MEMOIZE':
+            value = operands[0] if operands else self.stack[-1]
+            self.memo[len(self.memo) if arg is None else arg] = value
+            return operands
+        if name.endswith('GET'):
+            return [self.memo[arg]]
+        if name.endswith('GLOBAL'):
+            return [self.find(arg or ' '.join(x for x in operands if isinstance(x, str)))]
+        if name == 'REDUCE':
+            return [self.call(*operands)]
+        if name == 'BUILD':
+            return [self.set_attributes(*operands)]
+        if name == 'BINPERSID' and not self.is_meta:  # the numbers of a tensor
+            self.spend(CALL_COST)
+            return [skip_plain(*operands)]
+        if name == 'DUP':
+            return 2 * operands
+        if name in ADDITIONS and not self.is_meta:
+            raise ValueError('it adds items to something else than a list or a dict')
+        return [self.add({}, []) for _ in opcode.stack_after]
 
+    def add(self, container, items):
+        """The container, which now has these items too; a dict's are keys and values by turns."""
+        if isinstance(container, tuple):
+            container = tuple(items)
+        elif isinstance(container, list):
+            container.extend(items)
+        else:
+            self.update(container, items)
+        return self.measure(container, items)
 
-def check_name(name, is_meta):
-    """The name of a function or type, as Python 3 has it; ValueError if it isn't of plain data."""
-    name = name.replace('__builtin__ ', 'builtins ').replace('numpy.core.', 'numpy._core.')
-    is_known = name in FUNCTIONS or TYPE_NAME.fullmatch(name)
-    if not is_known and is_meta:
-        is_known = name in META_FUNCTIONS or META_TYPE_NAME.fullmatch(name)
-    if not is_known:
-        raise ValueError(f'it asks for {name[:100]}, and data needs no code')
-    return name
+    def update(self, container, items):
+        """Sets the dict's items, unless they have keys whose hash may take long."""
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if is_plain_key(key):
+                container[key] = value
+            elif not self.is_meta:
+                raise ValueError('it has a key that is not a text or a number')
 
+    def measure(self, container, items):
+        """The container. ValueError if it is too deep with these items in it, or in itself."""
+        depth = 1
+        for item in items:
+            if id(item) in self.depths:
+                inner_depth = abs(self.depths[id(item)])
+                self.depths[id(item)] = -inner_depth
+                depth = max(depth, 1 + inner_depth)
+        earlier_depth = self.depths.get(id(container), 0)
+        # pickle completes a container before it is put into another one, whose depth is then right
+        if depth > MAX_DEPTH or depth > -earlier_depth > 0:
+            raise ValueError(f'it has more than {MAX_DEPTH} containers inside one another')
+        if depth > earlier_depth >= 0:
+            self.depths[id(container)] = depth
+        if not earlier_depth:
+            self.containers.append(container)
+        return container
 
-def check_attributes(value, attributes):
-    """ValueError unless the value may have attributes: an OrderedDict, or a dtype of numpy.
+    def find(self, name):
+        """The name of a function or type, as Python 3 has it. ValueError if it isn't plain data."""
+        self.spend(len(name) // 64)
+        name = name.replace('__builtin__ ', 'builtins ').replace('numpy.core.', 'numpy._core.')
+        is_known = name in self.functions or TYPE_NAME.fullmatch(name)
+        if not is_known and not self.is_meta:
+            raise ValueError(f'it asks for {name[:100]!r}, and data needs no code')
+        return name if is_known or META_TYPE_NAME.fullmatch(name) else self.add({}, [])
 
-    A dtype is a name here. Only its byte order matters.
-    """
-    is_dtype = isinstance(value, str) and attributes[1] in ('<', '|')
-    if not is_dtype and not isinstance(value, dict):
-        raise ValueError('it sets attributes, and data needs none')
+    def call(self, name, args):
+        """What a function returns, or something like it. ValueError if it isn't for plain data."""
+        args = args if type(args) is tuple else ()
+        lengths = [len(arg) for arg in args if isinstance(arg, (list, dict, tuple))]
+        lengths += [len(arg) // 64 for arg in args if isinstance(arg, (str, bytes))]
+        self.spend(CALL_COST + sum(lengths))  # it may copy them
+        value = {}
+        if isinstance(name, str) and name in self.functions:  # it may be anything
+            with contextlib.suppress(Exception if self.is_meta else ()):
+                value = self.functions[name](*args)
+        elif not self.is_meta:
+            raise ValueError('it calls something that is not a function')
+        return self.measure(value, args) if isinstance(value, (list, dict)) else value
+
+    def set_attributes(self, value, attributes):
+        """The value. ValueError unless it may have attributes, as an OrderedDict of torch has."""
+        if self.is_meta:
+            return value
+        if type(value) is not dict or type(attributes) is not dict:
+            raise ValueError('it sets attributes, and data needs none')
+        return self.measure(value, [attributes])
 
 
 def is_plain_key(key, depth=2):
-    """Whether a key is a text or a number, or a short tuple of them, or a tuple of such tuples.
-
-    To hash a million tuples inside one another overflows the stack.
-    """
+    """Whether a key is a text or a number, or a short tuple of them, or a tuple of such tuples."""
+    # the hash of tuples, each twice in the next one, has no end
     if type(key) is tuple:
         return depth > 0 and len(key) <= 20 and all(is_plain_key(x, depth - 1) for x in key)
     return type(key) in (str, int, float, bool, bytes, type(None))
@@ -129,14 +205,17 @@ def is_plain_key(key, depth=2):
 
 # -----------------------------------------------------------------------------
 # each takes the place of a function that a pickle may name
+def skip_plain(*args):
+    """None, for a device, a size and such, which are made of texts and numbers."""
+    if not is_plain_key(args):
+        raise ValueError('it has a tensor or a type of other things than texts and numbers')
+
+
 def skip_tensor(*args):
-    """None, for a tensor."""
-
-
-def skip_text(*parts):
-    """None, for a device or a layout, which is made of texts and numbers."""
-    if any(type(part) not in (str, int) for part in parts):
-        raise ValueError('it has a device or a layout without a name')
+    """None, for a tensor. It can't have hooks, but marks as of a conjugate, {'conj': True}."""
+    if {type(mark) for arg in args if type(arg) is dict for mark in arg.values()} - {bool}:
+        raise ValueError('it has a tensor with hooks')
+    skip_plain(*(arg for arg in args if type(arg) is not dict))
 
 
 def copy_dict(items=None):
@@ -144,11 +223,6 @@ def copy_dict(items=None):
     if items is not None and type(items) is not dict:
         raise ValueError('it makes a dict of something else')
     return dict(items or ())
-
-
-def make_dict(factory=None):
-    """A dict for a defaultdict."""
-    return {}
 
 
 def list_items(items=()):
@@ -172,28 +246,21 @@ def encode(text, encoding):
     return text.encode('latin1')
 
 
-def name_dtype(name, *flags):
-    """The name of a dtype of numpy: 'i8', or 'U7' for a text of 7 characters."""
-    return name
-
-
 def unpack_scalar(dtype, data):
-    """numpy's number or text in these bytes."""
-    if dtype in NUMBERS:
-        return struct.unpack('<' + NUMBERS[dtype], data)[0]  # raises at another length
-    if not dtype.startswith('U') or not len(data) == 4 * int(dtype[1:]) <= 256:
-        raise ValueError(f'it has {dtype[:20]} of numpy with {len(data)} bytes')
-    return data.decode('utf-32-le')
+    """numpy's number or text in these bytes; dtype is 'i8', or 'U7' for a text of 7 characters."""
+    if dtype.startswith('U'):
+        return data.decode('utf-32-le')
+    return struct.unpack('<' + NUMBERS[dtype], data)[0]  # raises at another length
 
 
 FUNCTIONS = {
     'torch._utils _rebuild_tensor_v2': skip_tensor, 'torch._utils _rebuild_tensor_v3': skip_tensor,
-    'torch._utils _rebuild_parameter': skip_tensor, 'torch Size': tuple,
-    'torch device': skip_text, 'torch.serialization _get_layout': skip_text,
+    'torch._utils _rebuild_parameter': skip_tensor, 'torch Size': skip_plain,
+    'torch device': skip_plain, 'torch.serialization _get_layout': skip_plain,
     'collections OrderedDict': copy_dict, 'collections Counter': copy_dict,
-    'builtins set': list_items, 'builtins complex': complex, 'builtins bytearray': copy_bytes,
-    '_codecs encode': encode}
+    'builtins set': list_items, 'builtins complex': skip_plain,
+    'builtins bytearray': copy_bytes, '_codecs encode': encode}
 # those that torch.load doesn't know
 META_FUNCTIONS = {
-    'collections defaultdict': make_dict, 'builtins frozenset': list_items,
-    'numpy dtype': name_dtype, 'numpy._core.multiarray scalar': unpack_scalar}
+    'collections defaultdict': lambda *args: {}, 'builtins frozenset': list_items,
+    'numpy dtype': lambda name, *flags: name, 'numpy._core.multiarray scalar': unpack_scalar}

@@ -3,12 +3,14 @@ Tokenizers: from text to token ids and back, by a dataset's table of characters 
 """
 import ast
 import codecs
+import contextlib
 import os
 
 import numpy as np
 
 from runtime import pickles
-from runtime.console import fail, get_first_line, warn
+from runtime.console import fail, get_first_line, note, shorten, warn
+from runtime.files import is_file, read_data_id
 
 END_OF_TEXT = '<|endoftext|>'
 
@@ -27,8 +29,8 @@ class CharTokenizer:
         """Token ids (list of int) of the text; fails on a character without an id."""
         unknown_characters = ''.join(sorted(set(text) - self.stoi.keys()))
         if unknown_characters:
-            fail(f'characters {unknown_characters!r} are not in the vocabulary of this model',
-                 f'it has {"".join(sorted(self.stoi))!r}')
+            fail(f'characters {shorten(unknown_characters, 50)!r} are not in the vocabulary of '
+                 'this model', f'it has {shorten("".join(sorted(self.stoi)), 100)!r}')
         return [self.stoi[c] for c in text]
 
     def decode_bytes(self, ids):
@@ -85,6 +87,20 @@ def get_tokenizer(meta, vocab_size=None):
              f'{tokenizer.vocab_size}', 'the model needs its own tokenizer: for a checkpoint, put '
              'the meta.pkl of its dataset next to it')
     return tokenizer
+
+
+def fit_prompt(start, tokenizer, block_size):
+    """(prompt, its number of tokens). A line says if the model can't see all of it.
+
+    The default prompt is a new line. If a table of characters has none, its first one is taken.
+    """
+    if start == '\n' and isinstance(tokenizer, CharTokenizer) and start not in tokenizer.stoi:
+        start = min(tokenizer.stoi)
+        note(f'the vocabulary has no new line, so the prompt is {start!r}')
+    prompt_length = len(tokenizer.encode(start))
+    if prompt_length > block_size:
+        note(f'the prompt has {prompt_length} tokens; the model sees only the last {block_size}')
+    return start, prompt_length
 
 
 class TextStream:
@@ -158,6 +174,7 @@ def count_mean_bytes(tokens, meta):
 # the bins' dtypes by the names that a meta.pkl may have for them, and how many ids each has
 DTYPES = {'uint16': 'uint16', 'u2': 'uint16', 'uint32': 'uint32', 'u4': 'uint32'}
 MAX_SIZES = {'uint16': 2 ** 16, 'uint32': 2 ** 24}
+MAX_TABLE_ITEMS = 2 ** 20  # in a checkpoint they take 3 of the 4 million operations of pickles.read
 
 
 def check_meta(meta):
@@ -172,10 +189,12 @@ def check_meta(meta):
     if 'stoi' in meta or 'itos' in meta:
         tables = check_tables(meta.get('stoi'), meta.get('itos'))
         num_ids = CharTokenizer(tables).vocab_size
-    vocab_size = meta.get('vocab_size')
+    vocab_size = read_whole(meta.get('vocab_size'))
     if vocab_size is None:
         vocab_size = num_ids
-    dtype = DTYPES.get(str(meta.get('dtype', 'uint16')).removeprefix('numpy '))
+    dtype = 'uint16'
+    if isinstance(meta.get('dtype'), str):  # the text of another value may have no end
+        dtype = DTYPES.get(meta['dtype'].removeprefix('numpy '))
     if type(vocab_size) is not int or not 1 <= vocab_size <= MAX_SIZES.get(dtype, 0):
         raise ValueError('it has no vocab_size from 1 to 65,536, '
                          'or to 16,777,216 with a dtype of uint32')
@@ -184,18 +203,25 @@ def check_meta(meta):
     known = {'vocab_size': vocab_size, **tables}
     if 'dtype' in meta:
         known['dtype'] = dtype
+    if 'bins' in meta:
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+            known['bins'] = read_data_id(meta['bins'])
     return known
 
 
 def check_tables(stoi, itos):
     """The two tables of a meta.pkl as dicts; ValueError if they make no text.
 
-    Ids may be without a character, and characters may have the id of an unknown one.
+    Ids may be without a token, tokens may have the same id, and may be longer than a character.
     """
-    if isinstance(itos, (list, tuple)):
-        itos = {i: token for i, token in enumerate(itos) if token is not None}
+    if isinstance(itos, (list, tuple, str)):
+        itos = dict(enumerate(itos))
     if not (isinstance(stoi, dict) and isinstance(itos, dict)):
         raise ValueError('its stoi and itos are not tables')
+    if len(stoi) + len(itos) > MAX_TABLE_ITEMS:
+        raise ValueError(f'its tables have more than {MAX_TABLE_ITEMS:,} items')
+    stoi = {token: read_whole(i) for token, i in stoi.items()}
+    itos = {read_whole(i): token for i, token in itos.items() if token is not None}
     ids, tokens = (*itos, *stoi.values()), (*stoi, *itos.values())
     is_plain = {*map(type, ids)} <= {int} and {*map(type, tokens)} <= {str}
     if not is_plain or min(ids, default=0) < 0:
@@ -208,6 +234,13 @@ def check_tables(stoi, itos):
     return {'stoi': stoi, 'itos': itos}
 
 
+def read_whole(number):
+    """The number as an int, if it is a float of that value; else the value itself."""
+    if isinstance(number, float) and number.is_integer():
+        return int(number)
+    return number
+
+
 def read_meta(data_dir):
     """The dict in a dataset's meta.pkl: vocab_size, and itos and stoi to make text.
 
@@ -216,13 +249,13 @@ def read_meta(data_dir):
     text are left out, with one line. It fails if the file has neither.
     """
     path = os.path.join(data_dir, 'meta.pkl')
-    if not os.path.exists(path):
+    if not is_file(path):
         return None
     try:
         with open(path, 'rb') as f:
             data = f.read(2 ** 28)  # a table of 65,536 characters takes less than 2 MB
         meta = pickles.read(data, is_meta=True)
-        sizes = {key: meta[key] for key in ('vocab_size', 'dtype') if key in meta}
+        sizes = {key: meta[key] for key in ('vocab_size', 'dtype', 'bins') if key in meta}
         if 'vocab_size' not in meta:
             return check_meta(meta)
         sizes = check_meta(sizes)
@@ -238,7 +271,7 @@ def read_meta(data_dir):
 def read_text(path, remedy='name a text file with --input=FILE'):
     """The text in the file; fails if the file is missing, empty or not UTF-8."""
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(os.path.expanduser(path), encoding='utf-8-sig') as f:  # Notepad writes a mark
             text = f.read()
     except OSError as e:
         fail(f'{path} cannot be read ({e.strerror})', remedy)

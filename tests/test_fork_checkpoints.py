@@ -9,7 +9,7 @@ import torch
 from conftest import TINY, metrics, run
 
 from model import GPT, GPTConfig
-from runtime import checkpoint, restore
+from runtime import checkpoint, checkpoint_format, restore
 
 # what a GradScaler that was on has in its state
 SCALER = dict(scale=65536.0, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000,
@@ -40,7 +40,7 @@ PLAIN_VALUES = [
     collections.Counter('aab'), collections.OrderedDict(a=1), torch.Size([2, 3]), 2 ** 100,
     float('inf'), None, (), ((1, (2, (3,))),), {(1, 'a'): [()]}, torch.ones(2, dtype=torch.uint16),
     torch.ones(1, dtype=torch.float8_e5m2), torch.tensor([1j]), torch.nn.Parameter(torch.ones(2)),
-    torch.get_rng_state()]
+    torch.get_rng_state(), torch.tensor([1j]).conj()]
 
 
 @pytest.mark.parametrize('value', PLAIN_VALUES, ids=range(len(PLAIN_VALUES)))
@@ -177,7 +177,7 @@ def test_a_checkpoint_in_the_old_format_of_torch(fork, tmp_path):
     ({}, set()), ({'qk_norm': False, 'relu2': False}, set()), ({'qk_norm': True}, {'qk_norm'}),
     ({'relu2': True}, {'relu2'}), ({'qk_norm': True, 'relu2': True}, {'qk_norm', 'relu2'})])
 def test_options_without_weights_have_marks(fork, tmp_path, capsys, args, marks):
-    weights = checkpoint.rename_weights(fork['model'], {**fork['model_args'], **args})
+    weights = checkpoint_format.rename_weights(fork['model'], {**fork['model_args'], **args})
     assert weights.keys() - fork['model'].keys() == marks
     assert all(torch.equal(weights[name], torch.ones(())) for name in marks)
     model_args = {**fork['model_args'], **args}
@@ -185,7 +185,7 @@ def test_options_without_weights_have_marks(fork, tmp_path, capsys, args, marks)
     assert state['model'].keys() - fork['model'].keys() == marks
     # a mark that the file has is kept
     marked = {**fork['model'], **{name: torch.full((), 2.0) for name in marks}}
-    weights = checkpoint.rename_weights(marked, model_args)
+    weights = checkpoint_format.rename_weights(marked, model_args)
     assert all(weights[name] == 2 for name in marks)
 
 

@@ -82,9 +82,8 @@ def use(out_dir, optim='adamw'):
         model = restore.build_model(GPT, GPTConfig, state, path)
         file_size = os.path.getsize(path)
         assert 4 * model.get_num_params(False) <= 4 * file_size + 2 ** 20
-        config = dict(weight_decay=0.1, beta1=0.9, beta2=0.95, momentum=0.95)
         scaler = torch.amp.GradScaler('cpu')
-        restore.load_optimizer(make_optimizer(model, optim), scaler, state, path, config)
+        restore.load_optimizer(make_optimizer(model, optim), scaler, state, path)
         tokenizer.get_tokenizer(state.get('meta')).decode([0])
         model.generate(torch.zeros(1, 1, dtype=torch.long), 2)
         f'{state.get("best_val_loss", 0):.4f} {state["iter_num"]}'

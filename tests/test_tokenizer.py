@@ -1,13 +1,27 @@
 """Text to ids and back, and tables that are read without trusting them."""
+import argparse
+import collections
+import datetime
+import decimal
+import enum
+import fractions
+import math
 import os
+import pathlib
 import pickle
+import re
 import subprocess
 import sys
+import types
+import uuid
 
 import numpy as np
 import pytest
+import torch
 from conftest import PRINT_PEAK, ROOT, expect_error
+from test_hostile import good_state
 
+from runtime import checkpoint, pickles
 from runtime.tokenizer import (
     CharTokenizer,
     GPT2Tokenizer,
@@ -70,12 +84,13 @@ class Hostile:
 
 
 @pytest.mark.parametrize('content', [
-    b'', b'garbage', pickle.dumps([1]), pickle.dumps({'vocab_size': '4'}),
-    pickle.dumps({'vocab_size': 0}), Hostile()])
+    b'', b'garbage', pickle.dumps([1]), pickle.dumps({'vocab_size': '4'}), pickle.dumps(5),
+    pickle.dumps({'vocab_size': 0}), pickle.dumps({'vocab_size': 4.5}),
+    pickle.dumps({'vocab_size': float('inf')}), pickle.dumps({'vocab_size': [4] * 4}), Hostile()])
 def test_bad_meta_is_refused_and_not_run(tmp_path, monkeypatch, capsys, content):
     monkeypatch.setenv('CANARY', str(tmp_path / 'canary'))
     if not isinstance(content, bytes):
-        content = pickle.dumps({'vocab_size': 4, 'x': content})
+        content = pickle.dumps({'vocab_size': content})
     (tmp_path / 'meta.pkl').write_bytes(content)
     with pytest.raises(SystemExit):
         read_meta(str(tmp_path))
@@ -104,27 +119,21 @@ def make_doubled(count):
 
 
 @pytest.mark.parametrize('protocol', [0, 2, 4])
-@pytest.mark.parametrize('value, words', [
-    (Call(os.system, ('mkdir "$CANARY"',)), ' system, and data needs no code)'),
-    (Call(np.load, ('meta.pkl',)), 'asks for numpy load, and'), (Call(eval, ('1',)), ' eval, and'),
-    (np.array([5]), 'multiarray _reconstruct, and'), (np.sum, 'it asks for '),
-    (np.datetime64('2020'), 'it has M8 of numpy'), (np.complex64(1), 'it has c8 of numpy'),
-    (np.bytes_(b'abc'), 'it has S3 of numpy'),
-    (scalar_of('O', b'12345678'), 'it has O8 of numpy'),
-    (scalar_of('i8', b'1234567'), 'requires a buffer of 8 bytes'),
-    (scalar_of('i8', b'123456789'), 'requires a buffer of 8 bytes'),
-    (scalar_of('U2', b'a\0\0\0'), 'it has U2 of numpy with 4 bytes'),
-    (scalar_of('U99', b'a\0\0\0' * 99), 'of numpy with'),
-    (scalar_of('>i8', b'12345678'), 'it sets attributes'),
-    (scalar_of('i8', 'text'), ''), (scalar_of('i8', [1] * 8), ''), (scalar_of('i8', None), ''),
-    (Call(set, ([],), {'x': 1}), 'it sets attributes'),
-    (Call(frozenset, ((),), {1: '<'}), 'it sets attributes')])
-def test_nothing_else_is_called(tmp_path, monkeypatch, capsys, protocol, value, words):
+@pytest.mark.parametrize('value', [
+    Call(os.system, ('mkdir "$CANARY"',)), Call(np.load, ('meta.pkl',)), Call(eval, ('1',)),
+    np.array([5]), np.sum, np.datetime64('2020'), np.complex64(1), np.bytes_(b'abc'),
+    scalar_of('O', b'12345678'), scalar_of('i8', b'1234567'), scalar_of('i8', b'123456789'),
+    scalar_of('U2', b'a\0\0\0'), scalar_of('U99', b'a\0\0\0' * 99), scalar_of('>i8', b'12345678'),
+    scalar_of('i8', 'text'), scalar_of('i8', [1] * 8), scalar_of('i8', None),
+    Call(set, ([],), {'x': 1}), Call(frozenset, ((),), {1: '<'}), Hostile()], ids=range(20))
+def test_nothing_else_is_called(tmp_path, monkeypatch, capsys, protocol, value):
+    """An unknown object is harmless in other places, and not a size."""
     monkeypatch.setenv('CANARY', str(tmp_path / 'canary'))
-    for i, name in ((0, 'vocab_size'), (1, 'extra')):
-        content = pickle.dumps({'vocab_size': 4, name: value}, protocol)
-        (tmp_path / 'meta.pkl').write_bytes(content)
-        assert words in expect_error(capsys, read_meta, str(tmp_path))
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': value}, protocol))
+    assert 'it has no vocab_size' in expect_error(capsys, read_meta, str(tmp_path))
+    content = pickle.dumps({'x': value, 'vocab_size': 4, 5: [value]}, protocol)
+    (tmp_path / 'meta.pkl').write_bytes(content)
+    assert read_meta(str(tmp_path)) == {'vocab_size': 4}
     assert not (tmp_path / 'canary').exists()
 
 
@@ -144,6 +153,15 @@ def test_nothing_else_is_called(tmp_path, monkeypatch, capsys, protocol, value, 
 def test_hostile_operations_end_in_one_line(tmp_path, capsys, content):
     (tmp_path / 'meta.pkl').write_bytes(content)
     assert 'is not a readable table' in expect_error(capsys, read_meta, str(tmp_path))
+
+
+def test_names_that_have_no_end_or_are_long():
+    """Texts that the name of a global is made of: a list in itself many times, or a megabyte."""
+    shared = b'\x80\x04](N' + b''.join(b'\x94h%c\x86' % i for i in range(60)) + b'h\0\x93e.'
+    assert pickles.read(shared, is_meta=True)[-1] == {}
+    text = b'X\x40\x42\x0f\0' + b'a' * 10 ** 6 + b'\x94'
+    with pytest.raises(ValueError, match='more memory'):
+        pickles.read(b'\x80\x04](' + text + b'h\0h\0\x93' * 4000 + b'e.', is_meta=True)
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='measures memory as Linux counts it')
@@ -166,14 +184,17 @@ def test_copies_of_a_long_text_do_not_fill_the_memory(tmp_path):
 
 @pytest.mark.parametrize('change, words', [
     ({'stoi': {'a': 0, 'b': 9}}, 'other ids than from 0 to 3'),
-    ({'stoi': {'a': 0, 'b': 3.0}}, 'whole numbers'), ({'stoi': {'a': True}}, 'whole numbers'),
+    ({'stoi': {'a': 0, 'b': 1.5}}, 'whole numbers'), ({'stoi': {'a': True}}, 'whole numbers'),
     ({'itos': {-1: 'a', 0: 'b'}}, 'whole numbers'), ({'itos': {4: 'x'}}, 'from 0 to 3'),
     ({'itos': {0: 'a', 1: 'b', 2: 'é', 3: 5}}, 'not of text'), ({'stoi': {5: 0}}, 'not of text'),
     ({'itos': [b'a', b'b', b'c', b'd']}, 'not of text'),
-    ({'itos': 'abé\n'}, 'not tables'), ({'stoi': ['a']}, 'not tables'), ({'itos': None}, 'tables'),
+    ({'itos': 5}, 'not tables'), ({'stoi': ['a']}, 'not tables'), ({'itos': None}, 'tables'),
     ({'itos': ['b', 'a', 'é', '\n']}, 'not the same table'), ({'vocab_size': 3}, 'from 0 to 2'),
-    ({'vocab_size': 4.0}, 'no vocab_size'), ({'vocab_size': True}, 'no vocab_size'),
-    ({'itos': ['a', 'b', 'é', '\ud800']}, 'surrogates')])
+    ({'vocab_size': 4.5}, 'no vocab_size'), ({'vocab_size': True}, 'no vocab_size'),
+    ({'itos': ['a', 'b', 'é', '\ud800']}, 'surrogates'),
+    ({'itos': {**META['itos'], 1 << 3000: 'a'}}, 'from 0 to 3'),
+    ({'vocab_size': 1 << 3000}, 'no vocab_size'),
+    ({'itos': dict.fromkeys(range(2 ** 20), 'a')}, 'its tables have more than 1,048,576 items')])
 def test_tables_that_make_no_sense(change, words):
     with pytest.raises(ValueError, match=words):
         check_meta({**META, **change})
@@ -194,3 +215,146 @@ def test_tiktoken_is_imported_only_for_bpe_and_says_what_to_set(tmp_path):
                          text=True)
     assert out.returncode == 1 and 'TIKTOKEN_CACHE_DIR' in out.stderr
     assert 'Traceback' not in out.stderr
+
+
+# -----------------------------------------------------------------------------
+# what prepare.py of nanoGPT's forks may write, and what nanoGPT does with it
+class Thing:
+    """An object of a class that only the fork has."""
+
+    def __init__(self, *values):
+        self.values = values
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+class Flags(enum.IntFlag):
+    ONE = 1
+
+
+class Slots:
+    __slots__ = ['one', 'two']
+
+    def __init__(self):
+        self.one = 1
+
+
+class Arguments:
+    def __getnewargs_ex__(self):
+        return (), {}
+
+
+Point = collections.namedtuple('Point', 'x y')
+STOI, ITOS = META['stoi'], META['itos']
+IDS_FROM_1 = {'vocab_size': 5, 'stoi': {c: i + 1 for c, i in STOI.items()},
+              'itos': {i + 1: c for i, c in ITOS.items()}}
+GAPS = {'vocab_size': 40, 'stoi': {c: 10 * i for c, i in STOI.items()},
+        'itos': {10 * i: c for i, c in ITOS.items()}}
+EXTRAS = [
+    np.int64(5), np.float32(0.5), (1, 2), {1, 'a'}, frozenset([1]), b'ab', bytearray(b'ab'),
+    collections.OrderedDict(a=1), collections.defaultdict(list, a=[1]), collections.Counter('aab'),
+    collections.deque([1, 2]), datetime.date(2020, 1, 2), datetime.datetime(2020, 1, 2, 3),
+    datetime.timedelta(5), pathlib.PurePosixPath('/data'), uuid.UUID(int=5), np.arange(5),
+    np.array(['a', 'b']), np.array([{}, None], dtype=object), np.datetime64('2020'), np.dtype('i2'),
+    np.float32, decimal.Decimal('1.5'), fractions.Fraction(1, 3), re.compile('a'), range(5),
+    slice(1), Ellipsis, 3 + 4j, 1 << 3000, Color.RED, Flags.ONE, Point(1, 2), Thing(1, {2}),
+    Thing(Thing(Thing())), [Thing(), Thing()], {Point(1, 2): Color.RED}, {Thing(): 1}, Slots(),
+    Arguments(), print, Thing, ValueError('x', 1), argparse.Namespace(a=1), '\ud800', math.nan,
+    types.SimpleNamespace(b=2), torch.float16, {None: None, (1, (2, (3,))): 4}]
+TABLES = [  # the change to the table, and whether nanoGPT trains and samples with it
+    ({}, True, True), ({'vocab_size': np.int64(4)}, True, True),
+    ({'vocab_size': 4.0}, False, False),
+    ({'vocab_size': np.uint16(4)}, True, True), ({'vocab_size': 64}, True, True),
+    ({'itos': list(ITOS.values())}, True, True), ({'itos': tuple(ITOS.values())}, True, True),
+    ({'itos': ''.join(ITOS.values())}, True, True), (IDS_FROM_1, True, True), (GAPS, True, True),
+    ({'itos': collections.OrderedDict(ITOS)}, True, True),
+    ({'stoi': collections.OrderedDict(STOI)}, True, True),
+    ({'itos': collections.defaultdict(str, ITOS)}, True, True),
+    ({'stoi': collections.defaultdict(int, STOI)}, True, True),
+    ({'itos': {np.int64(i): c for i, c in ITOS.items()}}, True, True),
+    ({'stoi': {c: np.int32(i) for c, i in STOI.items()}}, True, True),
+    ({'stoi': {np.str_(c): i for c, i in STOI.items()}}, True, True),
+    ({'itos': {i: np.str_(c) for i, c in ITOS.items()}}, True, True),
+    ({'itos': {float(i): c for i, c in ITOS.items()}}, True, True),
+    ({'stoi': {c: float(i) for c, i in STOI.items()}}, True, True),
+    ({'stoi': {**STOI, 'A': 0, 'B': 1}}, True, True),  # aliases
+    ({'vocab_size': 6, 'itos': {**ITOS, 4: 'the', 5: ' of'},
+      'stoi': {**STOI, 'the': 4, ' of': 5}}, True, True),
+    ({'vocab_size': 6, 'itos': {**ITOS, 4: '', 5: None}}, True, True),
+    ({'itos': dict(enumerate(range(4))), 'stoi': {i: i for i in range(4)}}, True, False),
+    ({'itos': {i: c.encode() for i, c in ITOS.items()},
+      'stoi': {c.encode(): i for c, i in STOI.items()}}, True, False),
+    ({'itos': 'abé\n'.encode()}, True, False), ({'itos': None}, True, False),
+    ({'stoi': None}, True, False), ({'stoi': 5, 'itos': Thing()}, True, False)]
+KINDS = [*TABLES, *(({'x': extra}, True, True) for extra in EXTRAS)]
+
+
+def use_in_nanogpt(path):
+    """Whether nanoGPT trains with the file, and samples a text with it."""
+    meta = pickle.loads(path.read_bytes())
+    try:
+        torch.nn.Embedding(meta['vocab_size'], 2)
+    except TypeError:
+        return False, False
+    try:
+        ids = torch.tensor([meta['stoi'][c] for c in 'aé'], dtype=torch.long).tolist()
+        return True, ''.join([meta['itos'][i] for i in ids]) == 'aé'
+    except (KeyError, TypeError):
+        return True, False
+
+
+@pytest.mark.parametrize('change, trains, samples', KINDS, ids=range(len(KINDS)))
+def test_a_meta_pkl_that_nanogpt_uses_is_used_here(tmp_path, capsys, change, trains, samples):
+    path = tmp_path / 'meta.pkl'
+    state = good_state()
+    for protocol in range(6):
+        try:
+            path.write_bytes(pickle.dumps({**META, **change}, protocol))
+        except (TypeError, pickle.PicklingError, UnicodeEncodeError, ValueError):
+            assert protocol < 2  # an old protocol doesn't have it
+            continue
+        assert use_in_nanogpt(path) == (trains, samples)
+        meta = read_meta(str(tmp_path))
+        assert meta['vocab_size'] == change.get('vocab_size', 4)
+        err = capsys.readouterr().err
+        if samples or not trains:
+            tokenizer = get_tokenizer(meta)
+            assert tokenizer.decode(tokenizer.encode('aé')) == 'aé' and not err
+        else:
+            assert err.count('\n') == 1 and 'makes no text, so it is good only for training' in err
+            assert 'meta.pkl' in expect_error(capsys, get_tokenizer, meta)
+    # it is found before training if this can't be saved
+    checkpoint.save({**state, 'meta': meta}, str(tmp_path))
+    again, _ = checkpoint.load_best(str(tmp_path))
+    assert again.get('meta', meta) == meta
+
+
+def test_words_have_their_text():
+    words = {'vocab_size': 3, 'stoi': {'the': 0, 'a': 1, ' of': 2}, 'itos': ['the', 'a', ' of']}
+    tokenizer = get_tokenizer(check_meta(words))
+    assert tokenizer.decode([0, 2]) == 'the of' and tokenizer.encode('a') == [1]
+
+
+@pytest.mark.parametrize('key', ['dtype', 'vocab_size', 'stoi', 'itos'])
+def test_a_value_whose_text_has_no_end(key):
+    """Lists, each twice in the next one."""
+    value = ['x']
+    for _ in range(60):
+        value = [value, value]
+    if key == 'dtype':
+        assert check_meta({**META, key: value}) == {**META, 'dtype': 'uint16'}
+        return
+    with pytest.raises(ValueError, match='no vocab_size|not tables|whole numbers|not of text'):
+        check_meta({**META, key: value})
+
+
+def test_a_large_table_is_read_and_saved(tmp_path):
+    characters = [chr(i) for i in range(0x10000, 0x10000 + 10 ** 5)]
+    meta = {'vocab_size': 10 ** 5, 'dtype': 'uint32', 'itos': characters,
+            'stoi': {c: i for i, c in enumerate(characters)}}
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    meta = read_meta(str(tmp_path))
+    checkpoint.save({**good_state(), 'meta': meta}, str(tmp_path))
+    assert checkpoint.load_best(str(tmp_path))[0]['meta'] == meta
