@@ -1,54 +1,50 @@
 """
-Settings: reads those of a script with their help, sets them from config files and flags, and
-checks their types and, by ranges.py, their values. All mistakes are reported together, in one line.
+Settings: reads those of a script with their help, and sets them from config files and flags. All
+mistakes are reported together, in one line.
 """
 import ast
-import difflib
-import glob
-import io
+import inspect
 import math
-import numbers
 import os
 import re
 import sys
 import time
 import tokenize
-import traceback
-import types
 from typing import NamedTuple
 
 import numpy as np
 
+from runtime.config_files import run_config_file, suggest
 from runtime.console import ROOT, fail, prepare_terminal, shorten_path, warn
-from runtime.ranges import find_mistakes
+from runtime.ranges import KINDS, expand_home, find_mistakes, parse
 
 
 class Setting(NamedTuple):
     """A setting as its script defines it."""
-    default: object  # a bool, int, float or str
+    default: object  # of one of KINDS
     heading: str  # the comment above its group
     help: str  # the comment after its assignment
 
 
-# names that people type for a setting and that are spelled too differently to be found by closeness
-ALIASES = {
-    'lr': 'learning_rate', 'wd': 'weight_decay', 'bs': 'batch_size', 'steps': 'max_iters',
-    'iters': 'max_iters', 'epochs': 'max_iters', 'layers': 'n_layer', 'heads': 'n_head',
-    'context': 'block_size', 'seq_len': 'block_size', 'optimizer': 'optim', 'data': 'dataset',
-    'prompt': 'start', 'text': 'start', 'tokens': 'max_new_tokens', 'max_tokens': 'max_new_tokens',
-    'n': 'num_samples', 'temp': 'temperature', 'model': 'init_from', 'checkpoint': 'out_dir',
-    'ckpt': 'out_dir', 'output': 'out_dir',
-}
+class Assignment(NamedTuple):
+    """An assignment of a name in a script, outside of functions."""
+    name: str
+    value: object  # the syntax tree of the value; None if several names share it
+    line: int
+    heading: str
+    help: str
 
 
 def configure(space):
     """Sets the settings in a script's globals from sys.argv, and leaves them in space['config'].
 
-    It is for configurator.py. Mistakes end the program; --help prints the settings and ends it.
+    It is for configurator.py. Mistakes end the program; --help prints the settings and ends it. A
+    config that the script has already defined stays as it is.
     """
     prepare_terminal()
-    script = os.path.abspath(space['__file__'])
-    own_settings = read_settings(script, space)
+    args = sys.argv[1:]
+    has_own_config = 'config' in space
+    own_settings = read_own_settings(space)
     other_settings = read_shared_settings(own_settings)
     # a config file may use what train.py has: `min_lr = learning_rate / 10`, str(time.time())
     loans = {name: setting.default for name, (setting, _) in other_settings.items()}
@@ -56,26 +52,41 @@ def configure(space):
     loans.update(np=np, torch=sys.modules.get('torch'))
     loans = {name: value for name, value in loans.items() if name not in space}
     space.update(loans)
-    mistakes = []
-    for arg in sys.argv[1:]:
+    mistakes, warnings = [], []
+    for arg in args:
         if not arg.startswith('-'):
-            mistakes += run_config_file(arg, space, own_settings, other_settings)
-    for arg in sys.argv[1:]:
+            new_mistakes, new_warnings = run_config_file(arg, space, own_settings, other_settings)
+            mistakes += new_mistakes
+            warnings += new_warnings
+    for arg in args:
         if arg.startswith('-') and arg not in ('-h', '--help'):
             mistakes += read_flag(arg, space, own_settings, other_settings)
     for name in loans:
         space.pop(name, None)
-    config = {name: space[name] for name in own_settings}
+    config = {name: expand_home(name, space[name]) for name in own_settings}
+    space.update(config)
     if mistakes:
-        # ranges are for our own scripts, and values of a wrong type can't be compared
-        if script.startswith(ROOT + os.sep):
-            mistakes += find_mistakes({name: value for name, value in config.items()
-                                       if type(value) is type(own_settings[name].default)})
-        fail('; '.join(mistakes), f'python {shorten_path(script)} --help lists the settings')
-    space['config'] = config
-    if {'-h', '--help'} & set(sys.argv[1:]):
-        print_help(script, own_settings, config)
+        report_mistakes(space, own_settings, config, mistakes)
+    if warnings:
+        warn('; '.join(warnings))
+    if not has_own_config:
+        space['config'] = config
+    if {'-h', '--help'} & set(args):
+        print_help(space, own_settings, config)
         sys.exit(0)
+
+
+def report_mistakes(space, own_settings, config, mistakes):
+    """Ends the program with one line of all mistakes."""
+    script = space.get('__file__', '')
+    # it may come from stdin or be given by -c
+    command = f'python {shorten_path(script)} --help' if os.path.isfile(script) else '--help'
+    # ranges are for our own scripts, and values of a wrong type can't be compared
+    if os.path.realpath(script).startswith(os.path.realpath(ROOT) + os.sep):
+        mistakes = mistakes + find_mistakes({
+            name: value for name, value in config.items()
+            if type(value) is type(own_settings[name].default)})
+    fail('; '.join(mistakes), f'{command} lists the settings')
 
 
 def check(config):
@@ -98,41 +109,23 @@ def check(config):
              f'set --lr_decay_iters={config["max_iters"]}, too')
 
 
-def read_settings(path, space=None):
-    """{name: Setting} of the script at path, in order; {} if it doesn't run configurator.py.
+def read_own_settings(space):
+    """{name: Setting} of the running script that has these globals, in order.
 
-    space has the script's globals if the script is running: it has the values of computed defaults.
+    They are the globals of a setting's type that the script assigns itself, so that an imported
+    constant is none. If there is no source to read, as in `python -c`, all of them are settings.
     """
-    with open(path, encoding='utf-8') as f:
-        source = f.read()
-    if 'configurator.py' not in source:
-        return {}
-    lines = source.splitlines()
+    try:
+        assignments = list_assignments(read_source(space['__file__']))
+    except (KeyError, OSError, SyntaxError, ValueError):
+        assignments = [Assignment(name, None, 0, '', '') for name in space]
     settings = {}
-    heading, last_line = '', 0
-    for node in ast.parse(source).body:
-        # the line may be within `if __name__ == '__main__':`
-        if re.search(r'\bexec\(.*configurator\.py', ast.unparse(node)):
-            kinds = (bool, int, float, str)
-            return {name: setting for name, setting in settings.items()
-                    if isinstance(setting.default, kinds)}
-        for line in lines[last_line:node.lineno - 1]:
-            if line.startswith('#') and line.strip('#- '):
-                heading = line.strip('#- ')
-        last_line = node.end_lineno
-        targets = getattr(node, 'targets', [])
-        if len(targets) != 1 or not isinstance(targets[0], ast.Name):
-            continue
-        name = targets[0].id
-        values = {key: setting.default for key, setting in settings.items()}
-        try:
-            default = eval(ast.unparse(node.value), {'__builtins__': {}}, values)
-        except Exception:  # the default is the result of a call
-            default = (space or {}).get(name)
-        rest = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
-        if not name.startswith('_'):
-            settings[name] = Setting(default, heading, rest.partition('#')[2].strip())
-    return {}
+    for name, _, _, heading, help in assignments:
+        is_private = name.startswith('_') or name == 'config_keys'  # nanoGPT's list of the names
+        if name in space and name not in settings and not is_private:
+            settings[name] = Setting(space[name], heading, help)
+    return {name: setting for name, setting in settings.items()
+            if isinstance(setting.default, KINDS)}
 
 
 def read_shared_settings(own_settings):
@@ -140,73 +133,68 @@ def read_shared_settings(own_settings):
     other_settings = {}
     for script in ('bench.py', 'sample.py', 'train.py'):
         try:
-            settings = read_settings(os.path.join(ROOT, script))
-        except (OSError, SyntaxError, UnicodeDecodeError):  # somebody is editing it
+            settings = read_settings(read_source(os.path.join(ROOT, script)))
+        except (OSError, SyntaxError, ValueError):  # somebody is editing it
             continue
         other_settings.update((name, (setting, script)) for name, setting in settings.items()
                               if name not in own_settings)
     return other_settings
 
 
-def run_config_file(arg, space, own_settings, other_settings):
-    """Runs a config file in the script's globals; returns what is wrong, as a list of texts."""
-    path = next((p for p in (arg, os.path.join(ROOT, arg)) if os.path.isfile(p)), None)
-    if path is None:
-        return [explain_argument(arg, own_settings)]
-    if not path.endswith('.py'):
-        return [f'{arg} is not a config file: their names end in .py; set a setting as --key=value']
-    try:
-        with open(path, encoding='utf-8') as f:
-            tree = ast.parse(f.read(), path)
-    except SyntaxError as e:
-        return [f'{arg}, line {e.lineno}: {e.msg}']
-    except ValueError as e:  # it isn't UTF-8, or has zero bytes
-        return [f'{arg} is not Python source: {e}']
-    try:
-        exec(compile(tree, path, 'exec'), space)
-    except Exception as e:
-        frames = traceback.extract_tb(e.__traceback__)
-        line = [frame.lineno for frame in frames if frame.filename == path][-1]
-        return [f'{arg}, line {line}: {type(e).__name__}: {e}']
-    mistakes = []
-    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
-    loaded_names = {node.id for node in names if isinstance(node.ctx, ast.Load)}
-    stored_names = dict.fromkeys(node.id for node in names if isinstance(node.ctx, ast.Store))
-    for name in stored_names:
-        if name not in space:  # a local variable of a function in the file
+def read_settings(source):
+    """{name: Setting} of a script that isn't running, in order; {} without configurator.py."""
+    statements = ast.parse(source).body
+    # the line may be within `if __name__ == '__main__':`
+    end = next((node.lineno for node in statements
+                if re.search(r'\bexec\(.*configurator\.py', ast.unparse(node))), 0)
+    values, settings = {}, {}
+    for name, value, line, heading, help in list_assignments(source):
+        if line >= end or value is None:
             continue
-        value = space[name]
-        is_helper = (name in other_settings or name.startswith('_') or name in loaded_names
-                     or isinstance(value, types.ModuleType) or callable(value))
-        if name in own_settings:
-            try:
-                space[name] = convert(own_settings[name].default, value)
-            except ValueError as e:
-                mistakes.append(f'{name} in {arg} {e}')
-        elif not is_helper:
-            hint = suggest(name, [*own_settings, *other_settings])
-            mistakes.append(f'unknown setting {name} in {arg}{hint}')
-    return mistakes
+        try:
+            values[name] = eval(ast.unparse(value), {'__builtins__': {}}, values)
+        except Exception:  # the default is the result of a call
+            continue
+        if not name.startswith('_') and isinstance(values[name], KINDS):
+            settings[name] = Setting(values[name], heading, help)
+    return settings
 
 
-def explain_argument(arg, own_settings):
-    """What is wrong with an argument that is neither a flag nor a file."""
-    if os.path.isdir(arg):
-        content = os.listdir(arg)
-        markers = (('dataset', 'train.bin'), ('dataset', 'prepare.py'),
-                   ('init_from', 'config.json'), ('runs', 'metrics.jsonl'))
-        names = [name for name, marker in markers if marker in content]
-        names += ['out_dir', 'runs', 'hf_dir']
-        name = next((name for name in names if name in own_settings), None)
-        if name:
-            return f'{arg} is a folder, not a config file (did you mean --{name}={arg}?)'
-    config_paths = glob.glob(os.path.join(ROOT, 'config', '*.py'))
-    hint = suggest(arg, sorted(os.path.relpath(path, ROOT) for path in config_paths))
-    if arg.partition('=')[0] in own_settings and '=' in arg:
-        hint = f' (did you mean --{arg}?)'
-    elif arg.startswith('out') and not arg.endswith('.py') and 'out_dir' in own_settings:
-        hint = f' (did you mean --out_dir={arg}?)'
-    return f'config file {arg} was not found{hint}; set a setting as --key=value'
+def read_source(path):
+    """The text of a Python file, in the encoding that it names."""
+    with tokenize.open(path) as f:
+        return f.read()
+
+
+def list_assignments(source):
+    """The list of Assignments of a source outside of functions and classes, in order."""
+    lines = source.split('\n')
+    assignments = []
+    heading, last_line = '', 0
+    for statement in ast.parse(source).body:
+        for line in lines[last_line:statement.lineno - 1]:
+            if line.startswith('#') and line.strip('#- '):
+                heading = line.strip('#- ')
+        last_line = statement.end_lineno
+        for node in walk_statements(statement):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [part.id for target in targets for part in ast.walk(target)
+                     if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)]
+            rest = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
+            help = rest.partition('#')[2].strip()
+            value = node.value if len(names) == 1 else None
+            assignments += [Assignment(name, value, node.lineno, heading, help) for name in names]
+    return assignments
+
+
+def walk_statements(statement):
+    """Yields the assignments in a statement: in its blocks, not in its functions and classes."""
+    if isinstance(statement, (ast.Assign, ast.AnnAssign)):
+        yield statement
+    elif not isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        for child in ast.iter_child_nodes(statement):
+            if isinstance(child, (ast.stmt, ast.excepthandler, ast.match_case)):
+                yield from walk_statements(child)
 
 
 def read_flag(arg, space, own_settings, other_settings):
@@ -222,77 +210,21 @@ def read_flag(arg, space, own_settings, other_settings):
     if not equals and not isinstance(default, bool):
         return [f'{arg} needs a value: {arg}=...']
     try:
-        space[name] = parse(default, text if equals else 'true')
+        space[name] = parse(name, default, text if equals else 'true')
     except ValueError as e:
         return [f'--{name} {e}']
     return []
 
 
-def suggest(name, names, prefix=''):
-    """' (did you mean ...?)' with the known name closest to this one; '' if none is close."""
-    alias = ALIASES.get(name.replace('-', '_'))
-    matches = difflib.get_close_matches(name.replace('-', '_'), names, n=1)
-    if alias in names:
-        matches = [alias]
-    if not matches:
-        return ''
-    return f' (did you mean {prefix}{matches[0]}?)'
-
-
-def convert(default, value):
-    """A config file's value in the type of the setting's default; ValueError if it has another."""
-    kind = 'auto' if default == 'auto' else type(default)
-    is_number = (isinstance(value, numbers.Real) and not isinstance(value, bool)
-                 and math.isfinite(value))
-    exact_types = {'auto': (bool, str), bool: bool, str: str}.get(kind, ())
-    if isinstance(value, exact_types):
-        return value
-    if kind is bool and is_number and value in (0, 1):
-        return bool(value)
-    if kind is float and is_number or kind is int and is_number and value == int(value):
-        return kind(value)
-    descriptions = {'auto': "'auto' or its own type", bool: 'True or False', str: 'a string',
-                    int: 'a whole number', float: 'a number'}
-    raise ValueError(f'needs {descriptions[kind]}, not {value!r}')
-
-
-def parse(default, text):
-    """A flag's text in the type of the setting's default; ValueError if it can't be read so."""
-    if isinstance(default, bool) or default == 'auto':
-        values = {'true': True, 'false': False}
-        if isinstance(default, bool):
-            values.update({'1': True, '0': False})
-        return convert(default, values.get(text.lower(), text))
-    if isinstance(default, str):
-        return unquote(text)
-    for read_number in (lambda: int(text, 0), lambda: float(text)):
-        try:
-            return convert(default, read_number())
-        except ValueError:
-            continue
-    return convert(default, text)
-
-
-def unquote(text):
-    """The text without its quotes and with its escapes read, if all of it is one quoted string."""
-    try:
-        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-        kinds = [token.type for token in tokens if token.string]
-        value = ast.literal_eval(text) if kinds == [tokenize.STRING] else text
-    except (SyntaxError, ValueError, tokenize.TokenError):
-        return text
-    return value if isinstance(value, str) else text
-
-
-def print_help(script, own_settings, config):
+def print_help(space, own_settings, config):
     """Prints the script's docstring, and its settings by group with default, value and help."""
-    with open(script, encoding='utf-8') as f:
-        print(ast.get_docstring(ast.parse(f.read())) or os.path.basename(script))
+    script = space.get('__file__', sys.argv[0])
+    print(inspect.cleandoc(space.get('__doc__') or os.path.basename(script)))
     heading = None
     for name, setting in own_settings.items():
         if setting.heading != heading:
             heading = setting.heading
-            print(f'\n{heading}')
+            print(f'\n{heading}' if heading else '')
         value_note = '' if config[name] == setting.default else f'  (now {config[name]!r})'
         assignment = f'{name}={setting.default!r}'
         print(f'  --{assignment:<39}{value_note}  {setting.help}'.rstrip())

@@ -118,7 +118,7 @@ start = 'a' + str(np.int64(1))
 
 @pytest.mark.parametrize('text, words', [
     ('batchsize = 8', 'unknown setting batchsize in c.py (did you mean batch_size?)'),
-    ('batch_size = "8"', 'a whole number'), ('batch_size = 1.5', 'a whole number'),
+    ('batch_size = "many"', 'a whole number'), ('batch_size = 1.5', 'a whole number'),
     ('eval_only = 2', 'True or False'), ('start = 1', 'a string'),
     ('batch_size = True', 'a whole number'), ('compile = 3', "'auto' or its own type"),
     ('batch_size = 4\nif batch_size == 4\n    start = ""', 'c.py, line 2'),
@@ -130,9 +130,108 @@ def test_mistakes_in_files(tmp_path, text, words):
 
 
 def test_files_that_are_not_text(tmp_path):
-    for content in (b'x = "\xff\xfe"', b'x = 1\x00'):
+    for content in (b'x = "\xff\xfe"', b'x = 1\x00', b'# coding: no-such\n', b'return'):
         (tmp_path / 'c.py').write_bytes(content)
         assert 'c.py' in mistake(tmp_path, 'c.py')
+
+
+@pytest.mark.parametrize('text, line', [
+    ('exit()', 1), ('import sys\nsys.exit(0)', 2), ('\n\nraise SystemExit', 3), ('quit()', 1),
+    ('def stop():\n    raise SystemExit("x")\nstop()', 2), ('import ends', 1)])
+def test_a_file_that_ends_the_program_is_a_mistake(tmp_path, text, line):
+    said = mistake(tmp_path, 'c.py', c=text, ends='exit()')
+    assert f'c.py, line {line}: a config file must not end the program' in said
+
+
+def test_an_exception_of_several_lines_is_told_in_one(tmp_path):
+    said = mistake(tmp_path, 'c.py', c='raise ValueError("a\\nb")')
+    assert 'c.py, line 1: ValueError: a; ' in said
+    assert 'GeneratorExit' in mistake(tmp_path, 'c.py', c='raise GeneratorExit')
+
+
+def test_ctrl_c_passes_through_a_file(tmp_path):
+    result = call(tmp_path, 'c.py', c='raise KeyboardInterrupt')
+    assert result.returncode not in (0, 1) and result.stdout == result.stderr == ''
+
+
+@pytest.mark.parametrize('load', [
+    'exec(open("other.py").read())', 'from other import *', 'globals().update(vars(other))',
+    'for name, value in vars(other).items():\n    locals()[name] = value',
+    'import runpy\nglobals().update(runpy.run_path("other.py"))'])
+def test_what_another_file_brings_is_checked(tmp_path, load):
+    load = f'import other\n{load}'
+    said = mistake(tmp_path, 'c.py', c=load, other='batchsize = 3\ntotal = "many"\nend = 2')
+    assert "total in c.py needs a whole number, not 'many'" in said
+    assert 'unknown setting batchsize in c.py (did you mean batch_size?)' in said
+    assert said.count('; ') == 2
+    values = config(tmp_path, 'c.py', c=load, other='batch_size = 3\nlearning_rate = "1e-3"')
+    assert (values['batch_size'], values['learning_rate']) == (3, 1e-3)
+
+
+@pytest.mark.parametrize('text, name', [
+    ('def total():\n    pass', 'total'), ('class start:\n    pass', 'start'),
+    ('import json as total', 'total'), ('from os import path as compile', 'compile'),
+    ('for total in "ab":\n    pass', 'total'), ('(total := "many")', 'total'),
+    ('with open("c.py") as start:\n    pass', 'start'), ('total = np.zeros((9, 9))', 'total'),
+    ('def f():\n    global total\n    total = ()\nf()', 'total'), ('total = 10 ** 5000', 'total')])
+def test_a_setting_of_a_wrong_type_is_found_however_it_was_set(tmp_path, text, name):
+    assert f'{name} in c.py needs ' in mistake(tmp_path, 'c.py', c=text)
+
+
+@pytest.mark.parametrize('text, names', [
+    ('del total', 'total'), ('globals().pop("start")', 'start'),
+    ('for name in ("batch_size", "total"):\n    del globals()[name]', 'batch_size, total')])
+def test_a_deleted_setting_is_a_mistake(tmp_path, text, names):
+    assert f'c.py deletes the setting {names}; ' in mistake(tmp_path, 'c.py', c=text)
+
+
+@pytest.mark.parametrize('text', ['del json', 'from math import pi as json', 'json = start',
+                                  'def json():\n    pass', 'globals().pop("json")'])
+def test_a_module_of_the_script_stays(tmp_path, text):
+    # the script prints its settings by json
+    assert config(tmp_path, 'c.py', c=f'import json\ntotal = 2\n{text}')['total'] == 2
+
+
+@pytest.mark.parametrize('text', [
+    'vocab_size = 50304', 'for batchsize in range(3):\n    pass',
+    'with open("c.py") as batchsize:\n    pass', 'batchsize = 4\nbatch_size = batchsize',
+    'BATCH_SIZE = 4\nbatch_size = BATCH_SIZE', 'png = "a.png"', 'tokens_per_iter = 3',
+    'from math import *', 'for n in range(3):\n    pass', 'lr = 1e-3\nlearning_rate = lr'])
+def test_helpers_are_accepted_without_a_word(tmp_path, text):
+    result = call(tmp_path, 'c.py', c=text)
+    assert result.returncode == 0 and result.stderr == ''
+
+
+@pytest.mark.parametrize('text', ['max_iter = 3', 'batchSize = 4', 'BATCH_SIZE = 4',
+                                  'learning_rates = 1', 'for i in range(3):\n    batchsize = i'])
+def test_a_misspelled_setting_is_refused(tmp_path, text):
+    assert 'in c.py (did you mean ' in mistake(tmp_path, 'c.py', c=text)
+
+
+def test_another_name_for_a_setting_has_no_effect_and_says_so(tmp_path):
+    result = call(tmp_path, 'c.py', c='lr = 1e-3\nepochs = 5')
+    assert result.returncode == 0 and json.loads(result.stdout)['learning_rate'] == 6e-4
+    assert result.stderr == ('warning: lr in c.py has no effect (did you mean learning_rate?); '
+                             'epochs in c.py has no effect (did you mean max_iters?)\n')
+
+
+def test_files_of_other_editors(tmp_path):
+    (tmp_path / 'c.py').write_text('\ufeffbatch_size = 3\r\nstart = "é"\r\n', encoding='utf-8')
+    values = config(tmp_path, 'c.py')
+    assert (values['batch_size'], values['start']) == (3, 'é')
+    (tmp_path / 'c.py').write_text('# coding: latin-1\nstart = "é"', encoding='latin-1')
+    assert config(tmp_path, 'c.py')['start'] == 'é'
+
+
+def test_what_is_not_a_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / 'pipe.py')
+    os.mkdir(tmp_path / 'folder.py')
+    os.symlink('nowhere', tmp_path / 'link.py')
+    said = mistake(tmp_path, 'pipe.py', 'folder.py', 'link.py', '/dev/zero')
+    for words in ('pipe.py is a device or a pipe, not a config file; ', '/dev/zero is a device or',
+                  'folder.py is a folder, not a config file; ',
+                  'config file link.py is a link to nowhere, which is not there; '):
+        assert words in said
 
 
 def test_all_mistakes_are_told_at_once(tmp_path):
@@ -156,6 +255,156 @@ def test_helpers_of_one_script_do_not_leak_into_another(tmp_path):
     # train.py's settings that a file sets must not appear in a script that doesn't have them
     result = call(tmp_path, 'c.py', c='max_iters = 5')
     assert result.returncode == 0 and 'max_iters' not in json.loads(result.stdout)
+
+
+# -----------------------------------------------------------------------------
+# values of config files and flags; scripts of people's own
+OWN = """{settings}
+_names = [name for name in globals() if name[0] != '_']
+_path = {path!r}
+{exec_line}
+print({{name: globals()[name] for name in _names}})
+"""
+EXEC = 'exec(open(_path).read())'
+
+
+def run_own(tmp_path, settings, *args, exec_line=EXEC, script='own.py', **files):
+    """Runs a script with these settings, which prints them: own.py, - (from stdin) or -c."""
+    source = OWN.format(settings=settings, exec_line=exec_line,
+                        path=os.path.join(ROOT, 'configurator.py'))
+    (tmp_path / 'own.py').write_text(source)
+    for name, text in files.items():
+        (tmp_path / f'{name}.py').write_text(text)
+    command = ['-c', source] if script == '-c' else [script]
+    return subprocess.run([sys.executable, *command, *args], cwd=tmp_path, capture_output=True,
+                          text=True, input=source)
+
+
+def read_own(*args, **options):
+    result = run_own(*args, **options)
+    assert result.returncode == 0 and result.stderr == '', result.stderr
+    return eval(result.stdout)
+
+
+NUMBERS = """
+top_k = 200
+grad_clip = 1.0
+save_interval = 5
+dropout = 0.1
+max_iters = 100
+warmup_iters = 10
+learning_rate = 1e-3
+eval_only = False
+compile = 'auto'
+wandb_run_name = 'x'
+out_dir = 'out'
+"""
+
+
+@pytest.mark.parametrize('text, name, expected', [
+    ('0.07 * max_iters', 'warmup_iters', 7), ('None', 'top_k', 0), ('None', 'grad_clip', 0.0),
+    ('None', 'save_interval', 0), ('None', 'dropout', 0.0), ('None', 'wandb_run_name', ''),
+    ('float("inf")', 'grad_clip', 0.0), ('float("inf")', 'max_iters', 10 ** 18),
+    ('math.inf', 'save_interval', 0), ('0', 'compile', False), ('1', 'compile', True),
+    ('None', 'compile', 'auto'), ('np.bool_(True)', 'eval_only', True),
+    ('np.float32(0.5) > 0', 'compile', True), ('np.float64(0.5)', 'learning_rate', 0.5),
+    ('np.array(3)', 'top_k', 3), ('np.str_("a")', 'out_dir', 'a'),
+    ('__import__("pathlib").Path("a", "b")', 'out_dir', 'a/b'), ('"1e-3"', 'learning_rate', 1e-3),
+    ('"1e3"', 'max_iters', 1000), ('__import__("fractions").Fraction(6, 2)', 'top_k', 3)])
+def test_what_peoples_files_have(tmp_path, text, name, expected):
+    value = read_own(tmp_path, NUMBERS, 'c.py', c=f'{name} = {text}')[name]
+    assert value == expected and type(value) is type(expected)
+
+
+@pytest.mark.parametrize('text, name', [
+    ('7.001', 'warmup_iters'), ('None', 'max_iters'), ('None', 'eval_only'),
+    ('-float("inf")', 'grad_clip'), ('float("inf")', 'learning_rate'), ('"fast"', 'learning_rate'),
+    ('float("nan")', 'dropout'), ('"nan"', 'top_k'), ('np.nan', 'grad_clip'), ('b"a"', 'out_dir')])
+def test_what_files_must_not_have(tmp_path, text, name):
+    said = check_mistake(run_own(tmp_path, NUMBERS, 'c.py', c=f'{name} = {text}'))
+    assert f'{name} in c.py needs ' in said
+
+
+@pytest.mark.parametrize('flag, expected', [
+    ('--top_k=None', 0), ('--grad_clip=inf', 0.0), ('--max_iters=inf', 10 ** 18),
+    ('--max_iters=1e18', 10 ** 18), ('--wandb_run_name=None', ''),
+    ('--wandb_run_name="None"', 'None')])
+def test_none_and_infinity_in_flags(tmp_path, flag, expected):
+    name = flag[2:].partition('=')[0]
+    value = read_own(tmp_path, NUMBERS, flag)[name]
+    assert value == expected and type(value) is type(expected)
+
+
+CONTAINERS = """
+path_or_none = None  # a text
+betas = (0.9, 0.95)
+labels = ['a']
+table = {'a': 1}
+width: int = 3  # of the model
+a = b = 1
+c, d = 1, 2
+if width > 2:
+    inside = 1
+else:
+    inside = 2
+try:
+    tried = 2.0
+finally:
+    with open('own.py'):
+        opened = 3
+"""
+
+
+def test_settings_of_all_kinds_and_in_all_places(tmp_path):
+    assert read_own(tmp_path, CONTAINERS) == dict(
+        path_or_none=None, betas=(0.9, 0.95), labels=['a'], table={'a': 1}, width=3, a=1, b=1, c=1,
+        d=2, inside=1, tried=2.0, opened=3)
+    flags = {'path_or_none': 'a b', 'betas': (1, 2), 'labels': [], 'table': {}, 'width': 4, 'a': 5,
+             'b': 6, 'c': 7, 'd': 8, 'inside': 9, 'tried': 10.0, 'opened': 11}
+    args = [f'--{name}={value}' for name, value in flags.items()]
+    for script in ('own.py', '-', '-c'):
+        assert read_own(tmp_path, CONTAINERS, *args, script=script) == flags
+    assert read_own(tmp_path, CONTAINERS, 'c.py', c='\n'.join(
+        f'{name} = {value!r}' for name, value in flags.items())) == flags
+    help = run_own(tmp_path, CONTAINERS, '--help').stdout
+    assert [line for line in help.splitlines() if line.startswith('  --width=3 ')
+            and line.endswith('of the model')]
+    for flag in ('--betas=[1]', '--labels=(1,)', '--table=x', '--a=None'):
+        assert 'needs a' in check_mistake(run_own(tmp_path, CONTAINERS, flag))
+    assert 'betas in c.py needs a tuple' in check_mistake(
+        run_own(tmp_path, CONTAINERS, 'c.py', c='betas = [1]'))
+    assert read_own(tmp_path, CONTAINERS, '--path_or_none=3')['path_or_none'] == 3
+
+
+def test_an_imported_constant_is_no_setting(tmp_path):
+    settings = 'import os\nfrom math import pi\nwidth = 2'
+    assert 'unknown setting --pi' in check_mistake(run_own(tmp_path, settings, '--pi=3'))
+
+
+@pytest.mark.parametrize('exec_line', [
+    'import builtins\nexec(compile(open(_path).read(), _path, "exec"))',
+    'def run():\n    exec(open(_path).read(), globals())\nrun()',
+    'if True:\n    _text = open(_path).read()\n    exec(_text)'])
+def test_configurator_is_run_in_any_way(tmp_path, exec_line):
+    assert read_own(tmp_path, 'width = 2', '--width=3', exec_line=exec_line) == {'width': 3}
+
+
+def test_a_config_of_the_script_stays(tmp_path):
+    assert read_own(tmp_path, 'config = "mine"\nwidth = 2', '--width=3') == {
+        'config': 'mine', 'width': 3}
+    exec_line = f'{EXEC}\n_names.append("config")'
+    assert read_own(tmp_path, 'width = 2', '--width=3', exec_line=exec_line) == {
+        'width': 3, 'config': {'width': 3}}
+
+
+def test_a_tilde_means_home(tmp_path):
+    settings = ('runs = "a"\nout_dir = "b"\nmy_path = "c"\ntext = "d"\ndataset = "e"\n'
+                'cache_dir = "~/f"')
+    home = os.path.expanduser('~')
+    values = read_own(tmp_path, settings, 'c.py', '--runs=~/a,~/b', '--text=~/t', '--dataset=a~b',
+                      '--my_path=~', c='out_dir = "~/out"')
+    assert values == dict(runs=f'{home}/a,{home}/b', out_dir=f'{home}/out', my_path=home,
+                          text='~/t', dataset='a~b', cache_dir=f'{home}/f')
 
 
 # -----------------------------------------------------------------------------
@@ -190,6 +439,19 @@ def test_a_script_with_copies_of_configurator_and_runtime(tmp_path):
     said = check_mistake(run_copy(tmp_path, '--batchsize=8'))
     assert said == ('error: unknown setting --batchsize (did you mean --batch_size?); '
                     'python own.py --help lists the settings\n')
+
+
+def test_a_script_in_another_folder_than_configurator_and_runtime(tmp_path):
+    shutil.copytree(os.path.join(ROOT, 'runtime'), tmp_path / 'runtime')
+    shutil.copy(os.path.join(ROOT, 'configurator.py'), tmp_path)
+    (tmp_path / 'scripts').mkdir()
+    (tmp_path / 'scripts' / 'own.py').write_text(
+        'import sys\nname = "x"\npath = list(sys.path)\n'
+        'exec(open("configurator.py").read())\nprint(name, path == sys.path)')
+    env = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
+    result = subprocess.run([sys.executable, 'scripts/own.py', '--name=y'], cwd=tmp_path, env=env,
+                            capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ('y True\n', '')
 
 
 def test_a_copy_of_configurator_without_runtime_says_what_to_copy(tmp_path):

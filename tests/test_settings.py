@@ -104,8 +104,45 @@ def test_mistakes_of_all_kinds_are_in_one_line(tmp_path):
     assert list_mistakes(err) == sorted([*RANGES.values(), *others])
 
 
+@pytest.mark.parametrize('script, flags, words', [
+    ('train.py', ['--batch_size=1e12'], 'batch_size=1000000000000 must be at most 2**32'),
+    ('train.py', ['--n_layer=1e9'], 'n_layer=1000000000 must be at most 2**17'),
+    ('train.py', ['--block_size=1e12'], 'block_size=1000000000000 must be at most 2**24'),
+    ('train.py', ['--eval_iters=1e12'], 'eval_iters=1000000000000 must be at most 2**20'),
+    ('train.py', ['--bigrams=1e15'], 'bigrams=1000000000000000 must be at most 2**32'),
+    ('train.py', ['--bigrams=1e9', '--n_embd=12000'], 'parameters, more than 8,796,093,022,208'),
+    ('train.py', ['--n_layer=100000', '--n_embd=100008'], 'parameters, more than'),
+    ('train.py', ['--batch_size=1e6', '--block_size=1e4'], 'tokens in an iteration, more than 4'),
+    ('train.py', ['--max_iters=1e19'], 'max_iters=10000000000000000000 must be below 2**63'),
+    ('train.py', ['--device=True'], 'device=True must be a text'),
+    ('bench.py', ['--batch_size=1e8', '--block_size=1e3'], 'tokens in an iteration, more than 4'),
+    ('sample.py', ['--num_samples=1e12'], 'num_samples=1000000000000 must be at most 2**24'),
+    ('sample.py', ['--max_new_tokens=1e12'], 'max_new_tokens=1000000000000 must be at most')])
+def test_sizes_that_nobody_means(tmp_path, script, flags, words):
+    err = run_here(script, *flags, ok=False, cwd=tmp_path).stderr
+    assert words in err and err.count('; ') == 0 and err.count('\n') == 1
+
+
+@pytest.mark.parametrize('flags', [
+    ['--max_iters=1e18'], ['--block_size=16777216', '--gradient_accumulation_steps=1'],
+    ['--n_layer=96', '--n_embd=12288', '--n_head=96'], ['--batch_size=512']])
+def test_large_sizes_that_somebody_may_mean(tmp_path, flags):
+    err = run_here('train.py', *flags, '--dataset=nowhere', ok=False, cwd=tmp_path).stderr
+    assert "dataset 'nowhere' was not found" in err
+
+
+@pytest.mark.parametrize('script', ['train.py', 'sample.py'])
+def test_a_link_to_a_script_works_as_the_script(script, tmp_path):
+    os.symlink(os.path.join(ROOT, script), tmp_path / 'link.py')
+    assert run(tmp_path / 'link.py', '--help', cwd=tmp_path).stdout == run_here(
+        script, '--help').stdout
+    err = run(tmp_path / 'link.py', 'config/train_gpt2.py', '--nothing=1', '--seed=-1', ok=False,
+              cwd=tmp_path, PYTHONPATH='').stderr
+    assert 'unknown setting --nothing; seed=-1 must be' in err
+
+
 @pytest.mark.parametrize('text', [
-    'batch_size = "8"', 'n_head = None', 'seed = "x"\nundefined', 'parallel = ["ddp"]',
+    'batch_size = "eight"', 'n_head = None', 'seed = "x"\nundefined', 'parallel = ["ddp"]',
     'n_embd = 0.5\nn_head = ()', 'learning_rate = "fast"\noptim = 3'])
 def test_values_of_a_wrong_type_are_not_compared(tmp_path, text):
     (tmp_path / 'c.py').write_text(text)
@@ -163,7 +200,7 @@ def test_a_folder_instead_of_a_flag(trained, char_data, huggingface_folder):
 
 def test_a_run_instead_of_a_model(trained):
     err = run_here('sample.py', f'--init_from={trained}', ok=False).stderr
-    assert f'it is the folder of a run: use --out_dir={trained}' in err
+    assert 'it is the folder of a run: python ' in err and f'--out_dir={trained}' in err
 
 
 # -----------------------------------------------------------------------------
@@ -193,13 +230,12 @@ with open(path.devnull) as f:
 def test_only_an_unknown_setting_is_a_mistake(script, tmp_path):
     (tmp_path / 'c.py').write_text(SHARED)
     run_here(script, 'c.py', '--help', cwd=tmp_path)
-    for mistake, words in (('dtypes = "float32"', 'dtypes in c.py (did you mean dtype?)'),
-                           ('png = "a.png"', 'png in c.py')):  # plot.py has no config files
-        (tmp_path / 'c.py').write_text(SHARED + mistake)
-        err = run_here(script, 'c.py', '--help', ok=False, cwd=tmp_path).stderr
-        path = os.path.relpath(os.path.join(ROOT, script), tmp_path)
-        assert err.replace(os.path.join(ROOT, script), path) == (
-            f'error: unknown setting {words}; python {path} --help lists the settings\n')
+    (tmp_path / 'c.py').write_text(SHARED + 'dtypes = "float32"')
+    err = run_here(script, 'c.py', '--help', ok=False, cwd=tmp_path).stderr
+    path = os.path.relpath(os.path.join(ROOT, script), tmp_path)
+    assert err.replace(os.path.join(ROOT, script), path) == (
+        'error: unknown setting dtypes in c.py (did you mean dtype?); '
+        f'python {path} --help lists the settings\n')
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
