@@ -17,9 +17,10 @@ import torch
 from tqdm import tqdm
 
 from model import GPT, GPTConfig
-from runtime import checkpoint, huggingface, inference, kernels, machine, report, restore, settings
-from runtime.console import ROOT, fail, note
-from runtime.tokenizer import TextStream, get_tokenizer, parse_stops, read_prompt
+from runtime import checkpoint, huggingface, inference, kernels, machine, memory, report, restore
+from runtime import settings
+from runtime.console import ROOT, fail, format_command, note
+from runtime.tokenizer import TextStream, fit_prompt, get_tokenizer, parse_stops, read_prompt
 
 # model and prompt
 init_from = 'resume'  # resume (the checkpoint in out_dir) | gpt2* | Hugging Face folder
@@ -51,7 +52,6 @@ stops = parse_stops(stop)
 device, device_reason = machine.choose_device(device)
 device_type = torch.device(device).type
 dtype, dtype_reason = machine.choose_dtype(dtype, device_type, sampling=True)
-ptdtype = getattr(torch, dtype)
 compile = compile != 'auto' and machine.choose_compile(compile, device_type)[0]
 machine.prepare_sampling(device, seed)
 
@@ -59,28 +59,26 @@ machine.prepare_sampling(device, seed)
 # the model and its tokenizer
 if init_from == 'resume':
     state, path = checkpoint.load_best(out_dir)
-    model = restore.build_model(GPT, GPTConfig, state, path, dtype=ptdtype)
-    meta = checkpoint.find_meta(state, out_dir, path)
+    model = restore.build_model(GPT, GPTConfig, state, path, dtype=getattr(torch, dtype))
+    meta = checkpoint.find_meta(state, path)
     origin = f'{path}, iteration {state["iter_num"]}, best val loss {state["best_val_loss"]:.4f}'
     state = None  # frees the memory
 elif huggingface.is_huggingface(init_from):
-    model = restore.load_pretrained(GPT, init_from, dtype=ptdtype)
+    model = restore.load_pretrained(GPT, init_from, dtype=getattr(torch, dtype))
     meta = huggingface.read_characters(init_from)
     origin = init_from
 else:
     remedy = 'use resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder saved by transformers'
     if checkpoint.exists(init_from):
-        remedy = f'it is the folder of a run: use --out_dir={init_from}'
+        command = format_command(out_dir=init_from, init_from='resume')
+        remedy = f'it is the folder of a run: {command}'
     fail(f'init_from={init_from!r} is not known', remedy)
 tokenizer = get_tokenizer(meta, model.config.vocab_size)
-prompt_length = len(tokenizer.encode(start))
+start, prompt_length = fit_prompt(start, tokenizer, model.config.block_size)
 dtype = inference.convert(model, device, dtype)
 kernels.accelerate(model, device_type, dtype)
 note(f'model: {origin}, {model.get_num_params() / 1e6:.2f}M parameters, {tokenizer.name}')
 note(f'machine: {device} ({device_reason}), {dtype} ({dtype_reason})')
-if prompt_length > model.config.block_size:
-    note(f'the prompt has {prompt_length} tokens; '
-         f'the model sees only the last {model.config.block_size}')
 
 
 # -----------------------------------------------------------------------------
@@ -145,7 +143,7 @@ def interact():
             if line.startswith('/'):
                 run_command(name, value)
             else:
-                generate(line or '\n', stream=True)
+                generate(line or start, stream=True)
         except EOFError:
             return print()
         except KeyboardInterrupt:  # stops this answer
@@ -160,7 +158,7 @@ graphs = {}  # keeps the CUDA graph of a step for the next prompt
 rows = 1
 if not stream and not interactive:
     rows = inference.choose_rows(model, prompt_length, max_new_tokens, num_samples,
-                                 machine.read_free_memory(device))
+                                 memory.read_free_memory(device))
 note(f'memory: {report.describe_memory(model, prompt_length, max_new_tokens, rows)}')
 if compile:
     inference.compile_forward(model)

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 import plot
 from model import GPT, GPTConfig
-from runtime import checkpoint, distributed, huggingface, kernels, machine, optimizers
-from runtime import report, restore, settings, signals
-from runtime.console import ROOT, fail, say, try_or_warn, warn
-from runtime.dataset import DataOrder, check_ids, check_vocabulary, find_data, forget_pages
-from runtime.dataset import list_eval_batches, move_to_device, open_bin
+from runtime import checkpoint, distributed, huggingface, kernels, machine, memory, optimizers
+from runtime import provenance, ranges, report, restore, settings, signals
+from runtime.console import ROOT, act_before_errors, fail, say, try_or_warn, warn
+from runtime.dataset import DataOrder, check_ids, check_mapped_file, check_vocabulary, find_data
+from runtime.dataset import forget_pages, identify_data, list_eval_batches, move_to_device, open_bin
 from runtime.run_dir import RunDir
 from runtime.tokenizer import count_mean_bytes, read_meta
 
@@ -95,17 +95,19 @@ exec(open(os.path.join(ROOT, 'configurator.py'), encoding='utf-8').read())
 settings.check(config)
 data_dir = find_data(dataset)
 meta = read_meta(data_dir)  # None: GPT-2's BPE
+data_id = identify_data(data_dir, meta)  # tells it from other data
 ddp_rank, ddp_local_rank, ddp_world_size = distributed.read_ranks()
 master_process = ddp_rank == 0
-distributed.check_accumulation(gradient_accumulation_steps, batch_size, ddp_world_size)
+ranges.check_accumulation(gradient_accumulation_steps, batch_size, ddp_world_size)
 device, device_reason = machine.choose_device(device, ddp_local_rank)
 device_type = torch.device(device).type
 dtype, dtype_reason = machine.choose_dtype(dtype, device_type)
 compile, compile_reason = machine.choose_compile(compile, device_type)
-machine.explain_out_of_memory(device, batch_size, block_size, gradient_accumulation_steps)
+memory.explain_out_of_memory(device, batch_size, block_size, gradient_accumulation_steps)
 machine.prepare_training(device_type, compile, parallel)
 run_dir = RunDir(out_dir) if master_process and not eval_only else None  # locks the folder
 backend = distributed.init(backend, device)
+provenance.check_ranks(config, data_id)
 torch.manual_seed(seed)  # the same on all ranks: they start with the same weights
 ctx = nullcontext() if dtype == 'float32' else torch.autocast(
     device_type, dtype=getattr(torch, dtype), cache_enabled=False)  # the cache takes memory
@@ -113,9 +115,9 @@ ctx = nullcontext() if dtype == 'float32' else torch.autocast(
 # -----------------------------------------------------------------------------
 # the model
 state = {}  # the checkpoint to resume from
-distributed.check_restarts(init_from, eval_only)
+ranges.check_restarts(init_from, eval_only)
 if init_from == 'auto':
-    init_from = 'resume' if checkpoint.exists(out_dir) else 'scratch'
+    init_from = checkpoint.choose_init_from(out_dir)
 if init_from == 'scratch':
     model_args = restore.choose_args(GPTConfig, config)  # the settings that are fields of it
     model_args['vocab_size'] = meta['vocab_size'] if meta else 50304
@@ -135,8 +137,8 @@ elif huggingface.is_huggingface(init_from):
 else:
     fail(f'init_from={init_from!r} is not known', 'use scratch, resume, auto, gpt2, gpt2-medium, '
          'gpt2-large, gpt2-xl or a folder saved by transformers')
-distributed.check_iterations(state.get('iter_num', 0), out_dir)
-restore.fit_block_size(model, block_size, init_from)
+provenance.check_iterations(state.get('iter_num', 0), out_dir)
+restore.fit_block_size(model, block_size, init_from, eval_only)
 kernels.accelerate(model, device_type, dtype)  # faster parts, except those that you changed
 if activation_checkpointing:
     kernels.recompute_blocks(model)
@@ -154,10 +156,12 @@ optimizer = optimizers.specialize(optimizer, optim, moments_dtype, momentum, raw
 state_bytes = optimizers.count_state_bytes(optimizer)
 optimizer = distributed.shard_optimizer(optimizer, parallel)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')  # for tiny gradients
-if state and not eval_only:
-    restore.load_optimizer(optimizer, scaler, state, path, config)
 iter_num = state.get('iter_num', 0)
 best_val_loss = state.get('best_val_loss', math.inf)
+if state and not eval_only:
+    overruled_options = restore.load_optimizer(optimizer, scaler, state, path)
+    if not provenance.print_changes(state, config, data_id, overruled_options):
+        best_val_loss = math.inf  # it was on other data
 wandb_id = state.get('wandb_id')
 was_finished = state.get('finished', False)
 state = None  # frees the memory
@@ -175,6 +179,7 @@ order = DataOrder(data_order, seed, len(tokens['train']), block_size, batch_size
 
 def get_batch(split, starts):
     """Inputs X and targets Y, (B, T) each, of the sequences that begin at these tokens."""
+    check_mapped_file(tokens[split])
     rows = windows[split][starts]  # (B, T + 1), in one read
     check_ids(rows, raw_model.config.vocab_size, os.path.join(data_dir, f'{split}.bin'))
     rows = move_to_device(rows, device)
@@ -243,23 +248,34 @@ def get_lr(it):
 
 def save_checkpoint(is_best, finished=False):
     """Saves all that a resumed run needs, in nanoGPT's format. All ranks must call it."""
-    say(f'saving checkpoint to {out_dir}')
+    if not checkpoint.has_finite_weights(raw_model):  # they must not replace finite ones
+        return warn(f'the weights after {iter_num} iterations are not finite: they are not saved')
     if run_dir:
         run_dir.wait()  # until the save before is written: memory has room for one copy
     # training continues while a thread writes the copy; without room for a copy it waits
-    copy = machine.has_room(4 * raw_model.get_num_params(False) + state_bytes, device)
+    copy = memory.has_room(4 * raw_model.get_num_params(False) + state_bytes, device)
     weights = raw_model.state_dict(keep_vars=True)
     state = dict(model=distributed.gather(weights, master_process, copy),
                  optimizer=distributed.gather_optimizer(optimizer, master_process, copy),
                  optimizer_name=restore.get_optimizer_name(optimizer),
                  iter_num=iter_num, best_val_loss=best_val_loss, config=config, finished=finished,
-                 **checkpoint.describe(raw_model.config, meta))
+                 data=data_id, **checkpoint.describe(raw_model.config, meta))
     if scaler.is_enabled():
         state['scaler'] = scaler.state_dict()
     if wandb_run:
         state['wandb_id'] = wandb_run.id
     if run_dir:
         run_dir.save(state, is_best, copy)
+
+
+def save_after_error(frames):
+    """Saves what an error would lose, unless it came in the middle of an update."""
+    global iter_num
+    iter_num = max(iter_num, first_iter + bad_steps.num_steps)  # an update may have been the last
+    is_new = iter_num > first_iter and not optimizers.is_updating(frames)
+    if is_new and distributed.can_gather(raw_model, optimizer):
+        save_checkpoint(is_best=False)
+        report.print_rescue(run_dir, out_dir, iter_num)
 
 
 def start_wandb():
@@ -304,6 +320,7 @@ X, Y = get_train_batch(iter_num, 0)
 eval_seconds = 0.0  # of the last evaluation
 losses = None
 t0, t0_iter = time.perf_counter(), iter_num  # the next progress line counts from here
+act_before_errors(save_after_error)  # until the end of the loop
 while True:
     last_step = iter_num >= max_iters
     lr = get_lr(iter_num) if decay_lr else learning_rate
@@ -333,7 +350,8 @@ while True:
             try_or_warn('wandb', wandb_run.log, metrics)
         # only if something is new: iterations, the end, or a best loss
         if iter_num > first_iter or last_step or (is_best and iter_num > 0):
-            save_checkpoint(is_best or always_save_checkpoint, finished=last_step)
+            keeps_all = always_save_checkpoint and math.isfinite(losses['val'])
+            save_checkpoint(is_best or keeps_all, finished=last_step)
         eval_seconds = time.perf_counter() - eval_start
         t0 += eval_seconds  # progress lines count only training
     elif save_requested or (is_save_due and iter_num > first_iter):
@@ -389,11 +407,12 @@ while True:
 # -----------------------------------------------------------------------------
 # the end: save the last state; if that fails, exit with an error
 finished = (last_step or eval_only) and losses is not None
+act_before_errors(None)
 if not finished and not eval_only:
     save_checkpoint(is_best=False)
-path = run_dir.close() if run_dir else ''
+path = run_dir.close(iter_num) if run_dir else ''
 if run_dir and iter_num > first_iter and not stop_signal:  # after a signal it must end quickly
-    try_or_warn('loss.png', plot.draw, [out_dir], os.path.join(out_dir, 'loss.png'))
+    try_or_warn('loss.png', plot.draw, [run_dir.path], os.path.join(run_dir.path, 'loss.png'))
 status = report.print_end(out_dir, path, iter_num, finished, eval_only, stop_signal,
                           bad_steps.streak >= max_bad_steps, bad_steps.streak, ddp_world_size)
 if wandb_run:

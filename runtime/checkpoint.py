@@ -6,29 +6,38 @@ it is in ckpt_last.pt.
 """
 import contextlib
 import errno
-import math
+import glob
 import os
+import pickle
+import shlex
 import zipfile
 from dataclasses import fields, is_dataclass
 
+import numpy as np
 import torch
 
-from runtime import pickles
-from runtime.console import fail, get_first_line, warn
+from runtime.checkpoint_format import (
+    TYPES,
+    check_archive,
+    check_sizes,
+    count_bytes,
+    make_plain,
+    read_pickle,
+    rename_weights,
+)
+from runtime.console import fail, get_first_line, note, warn
 from runtime.dataset import check_vocabulary, is_gpt2_vocabulary, locate_data
-from runtime.tokenizer import check_meta, read_meta
+from runtime.distributed import all_reduce_sum, is_sharded, local_tensor
+from runtime.files import check_file, flush, is_file, replace
+from runtime.tokenizer import read_meta
 
 BEST = 'ckpt.pt'
 LAST = 'ckpt_last.pt'
+PREVIOUS = 'previous'  # previous-1, ... in out_dir are earlier runs
+KEYS = {*TYPES, 'iter_num', 'best_val_loss', 'meta', 'gelu'}  # of a checkpoint
 
 # the fields of nanoGPT's model_args
 NANOGPT_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
-# the state of a GradScaler
-SCALER = {'scale': float, 'growth_factor': float, 'backoff_factor': float, 'growth_interval': int,
-          '_growth_tracker': int}
-# another program may have other things by these names, which are left out
-TYPES = {'model': dict, 'model_args': dict, 'config': dict, 'optimizer': (dict, list),
-         'optimizer_name': str, 'scaler': dict, 'wandb_id': str, 'finished': bool}
 
 
 # -----------------------------------------------------------------------------
@@ -36,28 +45,88 @@ TYPES = {'model': dict, 'model_args': dict, 'config': dict, 'optimizer': (dict, 
 def save(state, out_dir, is_best=True):
     """Writes the state to ckpt.pt (is_best) or ckpt_last.pt in out_dir; returns the path.
 
-    The file is complete or isn't there: it gets its name only when all of it is on the disk.
+    The file is complete or isn't there: it gets its name only when all of it is on the disk. What
+    somebody has added and can't be saved is left out, with a line.
     """
     path = os.path.join(out_dir, BEST if is_best else LAST)
-    temp_path = path + '.tmp'
     try:
-        with open(temp_path, 'wb') as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        with zipfile.ZipFile(temp_path) as archive:
-            check_pickle(archive)  # somebody may have put in what could never be read again
-        torch.load(temp_path, map_location='cpu', weights_only=True, mmap=True)
-        os.replace(temp_path, path)
-    finally:
-        if os.path.exists(temp_path):  # on a full disk this makes room for the next try
-            os.remove(temp_path)
-    if os.name == 'posix':
-        folder = os.open(out_dir, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # some file systems don't support it
-            os.fsync(folder)
-        os.close(folder)
+        write(state, path)
+    except (AttributeError, TypeError, ValueError, pickle.PicklingError) as e:
+        additions = sorted(state.keys() - KEYS)
+        if not additions:
+            raise
+        warn(f'{", ".join(additions)} cannot be saved in a checkpoint ({get_first_line(e)}), so '
+             'only the rest is saved')
+        write({key: value for key, value in state.items() if key in KEYS}, path)
     return path
+
+
+def write(state, path):
+    """Writes the file; an exception if something in it can't be saved, or not be read again."""
+    with replace(path) as f:
+        torch.save(state, f)
+        flush(f)
+        check_readable(f.name)
+
+
+def check_readable(path):
+    """Raises an exception if the file has something that somebody put in and nobody can read."""
+    with zipfile.ZipFile(path) as archive:
+        read_pickle(archive)
+    try:
+        torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except RuntimeError as e:
+        if 'Cannot allocate memory' not in str(e):  # a process may have a limit on addresses
+            raise
+
+
+def copy_extras(state):
+    """The state, with copies of what somebody has added to it, in a form that can be read again.
+
+    Training would change tensors while they are written. Numbers of numpy become plain ones.
+    """
+    extras = {key: copy_value(value) for key, value in state.items()
+              if key not in ('model', 'optimizer')}
+    # of a part of the model that somebody has compiled
+    weights = {name.replace('_orig_mod.', ''): w for name, w in state['model'].items()}
+    return {**state, **extras, 'model': weights}
+
+
+def copy_value(value):
+    """A copy of nested values, with tensors on the CPU, and without types of numpy."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to('cpu', copy=True)
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {copy_value(key): copy_value(item) for key, item in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(copy_value(item) for item in value)
+    return value
+
+
+@torch.no_grad()
+def is_finite(tensor):
+    """Whether all its numbers are finite. It takes no memory of the tensor's size."""
+    if not tensor.numel():
+        return True
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return all(bound.isfinite() for bound in tensor.aminmax())
+
+
+def has_finite_weights(model):
+    """Whether all weights are finite, on all ranks. With fsdp every rank must call it.
+
+    Weights that aren't must not take the place of earlier ones.
+    """
+    has_infinite = not all(is_finite(local_tensor(p)) for p in model.parameters())
+    if is_sharded(model):
+        device = next(model.parameters()).device
+        has_infinite = all_reduce_sum(torch.tensor(float(has_infinite), device=device)).item() > 0
+    return not has_infinite
 
 
 def remove_last(out_dir):
@@ -89,8 +158,21 @@ def describe(config, meta):
 # -----------------------------------------------------------------------------
 # reading
 def exists(out_dir):
-    """Whether out_dir has a checkpoint to resume from."""
-    return any(os.path.exists(os.path.join(out_dir, name)) for name in (BEST, LAST))
+    """Whether out_dir has a checkpoint to resume from, or a file that should be one."""
+    return any(os.path.lexists(os.path.join(out_dir, name)) for name in (BEST, LAST))
+
+
+def choose_init_from(out_dir):
+    """What init_from=auto means: resume if there is a checkpoint, else scratch.
+
+    A line says if there are only earlier runs.
+    """
+    if exists(out_dir):
+        return 'resume'
+    text = describe_previous_runs(out_dir)
+    if text:
+        note(f'{out_dir} has no checkpoint, so a new run begins; {text} to continue one of them')
+    return 'scratch'
 
 
 def load_newest(out_dir):
@@ -98,22 +180,37 @@ def load_newest(out_dir):
 
     A damaged file is named, and the other one is used.
     """
-    pairs = [pair for pair in (try_to_load(out_dir, name) for name in (BEST, LAST)) if pair]
+    paths = [os.path.join(out_dir, name) for name in (BEST, LAST)]
+    pairs = [pair for pair in map(try_to_load, paths) if pair]
     if not pairs:
         fail_without_checkpoint(out_dir)
     return max(pairs, key=lambda pair: pair[0]['iter_num'])
 
 
 def load_best(out_dir):
-    """(state, path) of ckpt.pt, or of ckpt_last.pt if there is none: to sample or to evaluate."""
-    return (try_to_load(out_dir, BEST) or try_to_load(out_dir, LAST)
-            or fail_without_checkpoint(out_dir))
+    """(state, path) of ckpt.pt, or of ckpt_last.pt if there is none: to sample or to evaluate.
+
+    out_dir may also be a checkpoint's file. A line says if a newer one is next to it.
+    """
+    paths = [os.path.join(out_dir, name) for name in (BEST, LAST)]
+    if os.path.isfile(out_dir):
+        paths = [out_dir]
+    for path in paths:
+        pair = try_to_load(path)
+        if not pair:
+            continue
+        last_path = os.path.join(os.path.dirname(path), LAST)
+        iter_num = read_iter_num(last_path)
+        if iter_num > pair[0]['iter_num']:
+            note(f'{path} is from iteration {pair[0]["iter_num"]}; {last_path} is newer, from '
+                 f'iteration {iter_num}; to use that: --out_dir={shlex.quote(last_path)}')
+        return pair
+    fail_without_checkpoint(out_dir)
 
 
-def try_to_load(out_dir, name):
+def try_to_load(path):
     """(state, path) of the file; None if it isn't there, or with a warning if it is damaged."""
-    path = os.path.join(out_dir, name)
-    if not os.path.exists(path):
+    if not is_file(path):
         return None
     try:
         return load(path), path
@@ -121,11 +218,39 @@ def try_to_load(out_dir, name):
         warn(str(e))
 
 
+def read_iter_num(path):
+    """The iter_num in a checkpoint, without its tensors; -1 if that can't be read."""
+    try:
+        check_file(path)
+        with zipfile.ZipFile(path) as archive:
+            return read_pickle(archive)['iter_num']
+    except Exception:  # it may have anything in it
+        return -1
+
+
+def list_previous_runs(out_dir):
+    """[(iter_num, folder)] of the earlier runs that a new one has moved, the longest first."""
+    folders = glob.glob(os.path.join(glob.escape(out_dir), PREVIOUS + '*'))
+    runs = [(max(read_iter_num(os.path.join(folder, name)) for name in (BEST, LAST)), folder)
+            for folder in folders]
+    return sorted((run for run in runs if run[0] >= 0), reverse=True)
+
+
+def describe_previous_runs(out_dir):
+    """One line about them; '' if there are none."""
+    runs = [f'{folder} ({iter_num} iterations)' for iter_num, folder in list_previous_runs(out_dir)]
+    if not runs:
+        return ''
+    folder = shlex.quote(list_previous_runs(out_dir)[0][1])
+    return f'earlier runs are in {", ".join(runs[:5])}: use --out_dir={folder}'
+
+
 def fail_without_checkpoint(out_dir):
     remedy = "train first, or name the run's folder with --out_dir"
     if os.path.exists(os.path.join(out_dir, 'config.json')):
-        remedy = f'it is a folder for transformers: use --init_from={out_dir}'
-    fail(f'{out_dir} has no checkpoint that can be read', remedy, who='node')
+        remedy = f'it is a folder for transformers: use --init_from={shlex.quote(out_dir)}'
+    fail(f'{out_dir} has no checkpoint that can be read', describe_previous_runs(out_dir) or remedy,
+         who='node')
 
 
 def load(path):
@@ -151,137 +276,13 @@ def load(path):
         if isinstance(e, OSError) and e.errno in access_errors:
             fail(f'{path} cannot be read ({e.strerror})',
                  'the file itself may be fine: fix the access to it first', who='node')
-        raise ValueError(f'{path} is not a readable checkpoint: {get_first_line(e)}') from e
+        # torch's text advises to run the code in it
+        reason = 'torch cannot read it' if 'weights_only' in str(e) else get_first_line(e)
+        raise ValueError(f'{path} is not a readable checkpoint: {reason}') from e
     return state
 
 
-def check_archive(path):
-    """ValueError if the file is damaged, is compressed or has more than tensors and values."""
-    if not zipfile.is_zipfile(path):
-        raise ValueError('it was cut short, or is in the format of torch before 1.6')
-    with zipfile.ZipFile(path) as archive:
-        if any(entry.compress_type for entry in archive.infolist()):
-            raise ValueError('it is compressed, which torch never does')
-        damaged_entry = archive.testzip()
-        if damaged_entry:
-            raise ValueError(f'{damaged_entry} in it is damaged')
-        check_pickle(archive)
-
-
-def check_pickle(archive):
-    """Raises an exception if the archive's pickle has anything but tensors and plain values."""
-    pickle_name = next(name for name in archive.namelist() if name.endswith('/data.pkl'))
-    pickles.read(archive.read(pickle_name))
-
-
-def make_plain(state, path):
-    """A checkpoint's dict with plain values. nanoGPT's forks leave out some, or write other types.
-
-    What is missing or can't be used gets a default, and one line says so. ValueError if that would
-    make another model or another run.
-    """
-    if not isinstance(state, dict):
-        raise ValueError('it is not a dict')
-    plain_state = {}
-    for key, value in state.items():
-        if value is not None and isinstance(value, TYPES.get(key, object)):
-            plain_state[key] = dict(value) if isinstance(value, dict) else value
-    missing_keys = {'model', 'model_args'} - plain_state.keys()
-    if missing_keys:
-        raise ValueError(f'it has no {" or ".join(sorted(missing_keys))}')
-    defaults = {'iter_num': 0, 'best_val_loss': math.inf, 'config': {}}
-    unusable_keys = [key for key in defaults if key not in plain_state]
-    readers = {'best_val_loss': read_number, 'meta': check_meta, 'scaler': read_scaler}
-    for key in [key for key in readers if key in plain_state]:
-        try:
-            plain_state[key] = readers[key](plain_state[key])
-        except Exception:  # it may be anything
-            unusable_keys.append(key)
-            del plain_state[key]
-    if unusable_keys:
-        text = ', '.join(f'{key}={defaults.get(key)}' for key in unusable_keys)
-        warn(f'{path} is incomplete: it is read with {text}')
-    plain_state = {**defaults, **plain_state}
-    iter_num = read_number(plain_state['iter_num'])
-    if not 0 <= iter_num < 2 ** 63 or iter_num != int(iter_num):
-        raise ValueError('its iter_num is not a whole number from 0 to 2**63 - 1')
-    if plain_state.get('gelu', 'none') not in ('none', 'tanh'):
-        raise ValueError('its gelu is neither none nor tanh')
-    return {**plain_state, 'iter_num': int(iter_num)}
-
-
-def read_number(value):
-    """A number, or that in a tensor; ValueError if it is something else."""
-    if isinstance(value, torch.Tensor):
-        value = value.item()
-    if type(value) not in (int, float):
-        raise ValueError(f'it has a {type(value).__name__} in place of a number')
-    float(value)  # raises if it is too large
-    return value
-
-
-def read_scaler(state):
-    """The state of a GradScaler, which is empty if it was off, with values of the right type."""
-    return {key: kind(read_number(state[key])) for key, kind in SCALER.items() if state}
-
-
-def rename_weights(weights, model_args):
-    """The weights without the prefixes that torch.compile and DDP put before their names."""
-    plain_weights = {}
-    for name, tensor in weights.items():
-        name = name.replace('_orig_mod.', '')
-        while name.startswith('module.'):
-            name = name.removeprefix('module.')
-        # old versions of nanoGPT saved the causal mask (1, 1, T, T) as a weight
-        if not (name.endswith('.attn.bias') and tensor.dim() == 4 and tensor.size(1) == 1):
-            plain_weights[name] = tensor
-    wte = plain_weights.get('transformer.wte.weight')
-    has_head = any(name.startswith('lm_head.') for name in plain_weights)
-    is_tied = model_args.get('tied', True) and (not has_head or 'lm_head.weight' in plain_weights)
-    if wte is not None and is_tied:
-        plain_weights.setdefault('lm_head.weight', wte)
-    for option in ('qk_norm', 'relu2'):  # older checkpoints don't have these marks, see model.py
-        if model_args.get(option):
-            plain_weights.setdefault(option, torch.ones(()))
-    return plain_weights
-
-
-def count_bytes(value, seen_ids):
-    """The bytes of the tensors in nested containers, as float32 or larger types.
-
-    ValueError for tensors that are sparse, quantized or not on a CPU.
-    """
-    if id(value) in seen_ids:
-        return 0
-    if isinstance(value, torch.Tensor):
-        seen_ids.add(id(value))
-        is_plain = value.layout == torch.strided and value.device.type == 'cpu'
-        if not is_plain or value.is_quantized:
-            raise ValueError('it has a tensor that is not plain numbers on a CPU')
-        return max(4, value.itemsize) * value.numel()
-    if isinstance(value, (dict, list, tuple)):
-        seen_ids.add(id(value))
-        items = value.values() if isinstance(value, dict) else value
-        return sum(count_bytes(item, seen_ids) for item in items)
-    return 0
-
-
-def check_sizes(model_args, shapes):
-    """ValueError if the arguments ask for a larger or deeper model than {name: shape} has."""
-    max_size = max((n for shape in shapes.values() for n in shape), default=0)
-    num_layers = min(1000, len(shapes))  # a layer has at least one weight
-    for key in ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size', 'bigrams', 'embd_conv'):
-        is_optional = key in ('bigrams', 'embd_conv')
-        n = model_args.get(key, 0 if is_optional else None)
-        limit = num_layers if key == 'n_layer' else max_size
-        if key == 'block_size' and 'transformer.wpe.weight' not in shapes:
-            limit = 2 ** 24  # no weight depends on it
-        if type(n) is not int or not (0 if is_optional else 1) <= n <= limit:
-            value_text = n if type(n) is int else type(n).__name__
-            raise ValueError(f'{key}={value_text} does not fit its weights')
-
-
-def find_meta(state, out_dir, path):
+def find_meta(state, path):
     """The table of characters of a checkpoint that load() has read from path; None: GPT-2's BPE.
 
     nanoGPT's checkpoints have none in them: theirs is next to the checkpoint or in the dataset's
@@ -291,7 +292,7 @@ def find_meta(state, out_dir, path):
         return state.get('meta')
     name = state.get('config', {}).get('dataset', '')
     data_dir = locate_data(name) if isinstance(name, str) else None
-    meta = read_meta(out_dir)
+    meta = read_meta(os.path.dirname(path))
     if not meta and data_dir:
         meta = read_meta(data_dir)
     check_vocabulary(meta, state, f'dataset {name!r} on this machine', path,

@@ -13,7 +13,8 @@ import os
 import numpy as np
 import torch
 
-from runtime.console import ROOT, fail, shorten_path
+from runtime.console import ROOT, fail, format_script, warn
+from runtime.files import describe_changes, fingerprint, is_file
 
 
 def locate_data(name):
@@ -25,7 +26,7 @@ def locate_data(name):
     places = [name, os.path.join('data', name)]
     places += [os.path.join(ROOT, place) for place in places]
     for place in places:
-        if all(os.path.isfile(os.path.join(place, f'{split}.bin')) for split in ('train', 'val')):
+        if all(is_file(os.path.join(place, f'{split}.bin')) for split in ('train', 'val')):
             return place
 
 
@@ -41,11 +42,21 @@ def find_data(name):
              'python data/text/prepare.py --input=FILE --name=NAME')
     with open(prepare, encoding='utf-8') as f:
         description = ast.get_docstring(ast.parse(f.read())) or 'no description'
-    small_prepare = shorten_path(os.path.join(ROOT, 'data', 'python_char', 'prepare.py'))
-    train = shorten_path(os.path.join(ROOT, 'train.py'))
     fail(f'dataset {name} is not prepared ({description.splitlines()[0]})',
-         f'prepare it: python {shorten_path(prepare)}  or start small, without a download: '
-         f'python {small_prepare} && python {train} config/train_python_char.py')
+         f'prepare it: {format_script(prepare)}  or start small, without a download: '
+         f'{format_script("data/python_char/prepare.py")} && '
+         f'{format_script("train.py", "config/train_python_char.py")}')
+
+
+def identify_data(data_dir, meta=None):
+    """{split: fingerprint} of a dataset; warns if its meta.pkl was written with others."""
+    data_id = {split: fingerprint(os.path.join(data_dir, f'{split}.bin'))
+               for split in ('train', 'val')}
+    changes = describe_changes((meta or {}).get('bins', {}), data_id)
+    if changes:
+        warn(f'meta.pkl in {data_dir} was written with other .bin files: {"; ".join(changes)}. '
+             'If you have not changed them, prepare the dataset again')
+    return data_id
 
 
 def open_bin(path, block_size, vocab_size, meta=None):
@@ -68,7 +79,12 @@ def open_bin(path, block_size, vocab_size, meta=None):
     if hasattr(tokens._mmap, 'madvise'):
         # sequences are a few kB anywhere in the file: reading ahead would fetch 128 kB for each
         tokens._mmap.madvise(mmap.MADV_RANDOM)
-    check_ids(np.concatenate((tokens[:4096], tokens[-4096:])), vocab_size, path, who='node')
+    ids = np.concatenate((tokens[:4096], tokens[-4096 - count % 2:]))
+    if not ids[1::2].any() and len(set(ids[::2].tolist())) > 2:
+        fail(f'in {path} every second id is 0: its numbers have more bytes than {dtype}',
+             f'write it with ids.astype(np.{dtype}).tofile(...)')
+    check_ids(ids, vocab_size, path, who='node')
+    tokens.status = os.stat(path)  # see check_mapped_file()
     return tokens
 
 
@@ -80,6 +96,25 @@ def forget_pages(tokens):
     """
     if hasattr(tokens._mmap, 'madvise'):
         tokens._mmap.madvise(mmap.MADV_DONTNEED)
+
+
+def check_mapped_file(tokens):
+    """Fails if the file of an open_bin() has been cut short, and warns if it was written to.
+
+    The system kills a process that reads behind the end of a mapped file, without a word.
+    """
+    try:
+        status = os.stat(tokens.filename)
+    except OSError:
+        return  # it was removed, and can still be read
+    if not os.path.samestat(status, tokens.status):
+        return  # another file has its name
+    if status.st_size < tokens.nbytes:
+        fail(f'{tokens.filename} was cut short: it had {tokens.nbytes:,} bytes and has '
+             f'{status.st_size:,}', 'prepare the dataset again', who='node')
+    if status.st_mtime_ns != tokens.status.st_mtime_ns:
+        tokens.status = status
+        warn(f'{tokens.filename} was changed while the run reads it')
 
 
 def check_ids(ids, vocab_size, path, who='rank'):

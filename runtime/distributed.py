@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from runtime import compiler
-from runtime.console import fail
+from runtime.console import exit_by, fail, get_first_line
 
 TIMEOUT = timedelta(minutes=10)  # how long a rank waits for the others until it ends
 
@@ -38,34 +38,9 @@ def read_ranks():
     return int(rank or 0), int(local_rank or 0), int(world_size or 1)
 
 
-def check_accumulation(gradient_accumulation_steps, batch_size, world_size):
-    """Fails, with a hint of the same tokens/iter, if the ranks can't share the micro-batches."""
-    if gradient_accumulation_steps % world_size == 0:
-        return
-    sequences = gradient_accumulation_steps * batch_size
-    larger_steps = (gradient_accumulation_steps // world_size + 1) * world_size
-    remedy = (f'the number of sequences per iteration, {sequences}, cannot stay the same: '
-              f'--gradient_accumulation_steps={larger_steps} makes it {larger_steps * batch_size}')
-    for steps in range(gradient_accumulation_steps, sequences + 1):
-        if steps % world_size == 0 and sequences % steps == 0:
-            remedy = (f'for the same tokens/iter use --gradient_accumulation_steps={steps} '
-                      f'--batch_size={sequences // steps}')
-            break
-    fail(f'gradient_accumulation_steps={gradient_accumulation_steps} is not divisible by the '
-         f'{world_size} ranks', remedy)
-
-
-def check_restarts(init_from, eval_only):
-    """Fails if torchrun may restart the processes and init_from would begin again each time."""
-    restarts = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0))
-    if restarts and init_from not in ('auto', 'resume') and not eval_only:
-        fail(f'with --init_from={init_from}, every restart by torchrun --max-restarts would begin '
-             'the run again', 'use --init_from=auto')
-
-
 def init(backend, device):
     """Joins the process group and returns its backend; None with one process."""
-    global _group, _vote
+    global _group, _vote, _store
     device = torch.device(device)
     if device.index is not None:
         torch.accelerator.set_device_index(device.index)
@@ -75,9 +50,15 @@ def init(backend, device):
     # configs say nccl by habit, but it doesn't work on CPUs
     if backend == 'auto' or backend == 'nccl' and device.type == 'cpu':
         backend = {'cuda': 'nccl', 'xpu': 'xccl'}.get(device.type, 'gloo')
-    store = make_store(rank, world_size)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    try:
+        _store = make_store(rank, world_size)
+    except dist.DistNetworkError as e:
+        fail(f'the ranks cannot meet at {os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]} '
+             f'({get_first_line(e)})', 'use another --master_port', who='rank')
+    dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size,
+                            timeout=TIMEOUT)
     _group, _vote = dist.new_group(backend='gloo', timeout=TIMEOUT), None
+    exit_by(exit_at_once)
     return backend
 
 
@@ -250,19 +231,24 @@ def all_reduce_mean(tensor):
     return all_reduce_sum(tensor) / dist.get_world_size() if dist.is_initialized() else tensor
 
 
-def check_iterations(iter_num, out_dir):
-    """Fails if the ranks found checkpoints of different iterations."""
+def can_gather(model, optimizer, seconds=5):
+    """Whether all that a checkpoint needs can still be had after an error.
+
+    With ddp rank 0 has all of it. Otherwise every rank must come here within some seconds.
+    """
     if not dist.is_initialized():
-        return
-    numbers = [None] * dist.get_world_size()
-    dist.all_gather_object(numbers, iter_num)
-    if len(set(numbers)) > 1:
-        fail(f'the ranks found different checkpoints in {out_dir}: '
-             f'rank {dist.get_rank()} is at iteration {iter_num}',
-             'out_dir must be a folder that all machines share, or the same on each', who='rank')
+        return True
+    end = time.monotonic() + seconds
+    has_parts = is_sharded(model) or get_local_optimizer(optimizer) is not optimizer
+    count = _store.add('ranks with an error', 1)
+    while count < dist.get_world_size() and has_parts and time.monotonic() < end:
+        time.sleep(0.1)
+        count = _store.add('ranks with an error', 0)
+    return not has_parts or count == dist.get_world_size()
 
 
 _group, _vote = None, None  # for agree(): a process group on CPUs, and the last vote
+_store = None  # what all ranks share
 
 
 def agree(numbers):
@@ -283,6 +269,17 @@ def agree(numbers):
     return tuple(ballot.tolist())
 
 
+def exit_at_once(status):
+    """Ends the process without tidying up.
+
+    DDP leaves gloo's threads running. One of them that frees a tensor while Python shuts down
+    aborts the process (seen in one of some 50 short runs).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def shutdown(status=0, release_signals=None):
     """Ends the process with this exit status. Until all ranks are here, signals stay caught."""
     if dist.is_initialized():
@@ -290,11 +287,7 @@ def shutdown(status=0, release_signals=None):
             _vote[1].wait()
         dist.barrier()
         dist.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # DDP leaves gloo's threads running. One of them that frees a tensor while Python shuts
-        # down aborts the process (seen in one of some 50 short runs)
-        os._exit(status)
+        exit_at_once(status)
     if release_signals:
         release_signals()
     sys.exit(status)

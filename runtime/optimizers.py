@@ -262,15 +262,23 @@ def has_original_step(optimizer):
     return is_original and not has_hook and 'step' not in vars(optimizer)
 
 
+def is_updating(frames):
+    """Whether one of these frames is in an optimizer's step(), so that an update is half done."""
+    owners = [frame.f_locals.get('self') for frame in frames if frame.f_code.co_name == 'step']
+    return any(hasattr(owner, 'param_groups') for owner in owners)
+
+
 class BadSteps:
     """Counts the updates that were skipped, on the device: the host waits only in read()."""
 
     def __init__(self, device):
         self.device_counts = torch.zeros(2, device=device)  # in a row until now, and in all
         self.streak, self.total = 0, 0  # as of the last read()
+        self.num_steps = 0  # updates, skipped or made
 
     def count(self, norm):
         """Counts an update that clip_and_step() skipped or made, by its norm."""
+        self.num_steps += 1
         is_bad = (~norm.isfinite()).float()
         streak, total = self.device_counts
         self.device_counts = torch.stack(((streak + 1) * is_bad, total + is_bad))

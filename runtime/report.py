@@ -3,15 +3,13 @@ What the scripts say: a training run's plan, progress and end, and the memory th
 """
 import math
 import os
-import shlex
 import signal
-import sys
 from datetime import timedelta
 
 import torch
 
-from runtime import checkpoint, inference, kernels, machine
-from runtime.console import ROOT, format_bytes, report_error, say, shorten_path
+from runtime import checkpoint, inference, kernels, memory
+from runtime.console import format_bytes, format_command, format_script, note, report_error, say
 
 
 def print_plan(origin, model, config, data_dir, meta, tokens, device, dtype, compile, backend,
@@ -78,7 +76,7 @@ def print_memory(model, optimizer_bytes, config, device, dtype, compile, ranks, 
     """Prints an estimate of the memory that training needs on each rank."""
     parallel = config['parallel'] if ranks > 1 else 'ddp'
     num_params = model.get_num_params(False)
-    state_bytes, activation_bytes = machine.estimate_training_bytes(
+    state_bytes, activation_bytes = memory.estimate_training_bytes(
         model.config, num_params, optimizer_bytes, config['batch_size'], dtype,
         torch.device(device).type, kernels.stores_logits(model), compile and parallel != 'fsdp',
         config['activation_checkpointing'], parallel, ranks)
@@ -86,7 +84,7 @@ def print_memory(model, optimizer_bytes, config, device, dtype, compile, ranks, 
     if is_resumed:
         allocated_bytes += optimizer_bytes
     allocated_bytes = state_bytes * allocated_bytes // (8 * num_params + optimizer_bytes)
-    machine.plan_memory(state_bytes, activation_bytes, allocated_bytes, device, ranks)
+    memory.plan_memory(state_bytes, activation_bytes, allocated_bytes, device, ranks)
 
 
 # -----------------------------------------------------------------------------
@@ -109,7 +107,7 @@ def format_iter(iter_num, loss, dt, mfu, config, seconds_left):
     text = f'iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu '
     text += 'n/a' if mfu is None else f'{mfu * 100:.2f}%'
     text += f', {count_tokens(config) / dt:,.0f} tokens/s'
-    if seconds_left is not None:
+    if seconds_left is not None and seconds_left < 1e10:  # a timedelta has a limit
         text += f', {timedelta(seconds=round(seconds_left))} left'
     return text
 
@@ -131,20 +129,21 @@ def print_end(out_dir, path, iter_num, finished, eval_only, stop_signal, has_fai
     if eval_only:
         return status
     if path is None:
+        remedy = 'nothing has been saved'
+        if checkpoint.exists(out_dir):
+            remedy = 'what was saved before is still there'
         report_error(f'the state after {iter_num} iterations could not be saved in {out_dir}',
-                     'what was saved before is still there')
+                     remedy)
         return status or 1
     if finished:
         best_path = os.path.join(out_dir, checkpoint.BEST)
         target = 'it'
         if path != best_path and os.path.exists(best_path):  # sample.py prefers that one
             target = f'the best, {best_path}'
-        script = shorten_path(os.path.join(ROOT, 'sample.py'))
         say(f'saved {path} after {iter_num} iterations; sample from {target}: '
-            f'python {script} --out_dir={out_dir}')
+            f'{format_script("sample.py", f"--out_dir={out_dir}")}')
     elif stop_signal:
-        words = [word for word in sys.argv if not word.startswith('--init_from')]
-        command = shlex.join(['python', *words, '--init_from=resume'])
+        command = format_resume(path, out_dir)
         if ranks > 1:
             command = 'the same command with --init_from=resume'
         say(f'stopped by {signal.Signals(stop_signal).name} after {iter_num} iterations; '
@@ -154,10 +153,27 @@ def print_end(out_dir, path, iter_num, finished, eval_only, stop_signal, has_fai
         status = 0
     else:
         report_error(f'{bad_steps} updates in a row had a gradient that is not finite; '
-                     f'the weights before them are in {path}',
+                     f'the weights from before them are in {path}',
                      'try a lower --learning_rate, a smaller --grad_clip, a longer '
                      '--warmup_iters, or --dtype=bfloat16 instead of float16')
     return status
+
+
+def format_resume(path, out_dir):
+    """The command that continues the run of the checkpoint at path."""
+    flags = {'init_from': 'resume'}
+    folder = os.path.dirname(path)
+    if folder != out_dir:  # somebody has renamed it
+        flags['out_dir'] = folder
+    return format_command(**flags)
+
+
+def print_rescue(run_dir, out_dir, iter_num):
+    """Waits until the state is saved after an error, and prints where it is."""
+    path = run_dir.close(iter_num) if run_dir else None
+    if path:
+        note(f'the state after {iter_num} iterations is in {path}; '
+             f'to continue: {format_resume(path, out_dir)}')
 
 
 # -----------------------------------------------------------------------------

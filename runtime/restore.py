@@ -1,12 +1,14 @@
 """
 Builds a model and an optimizer from what a file has.
 """
+import math
 from dataclasses import MISSING, fields
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from runtime.console import fail, get_first_line, say, shorten, warn
+from runtime.checkpoint import is_finite
+from runtime.console import fail, get_first_line, shorten, warn
 from runtime.distributed import get_local_optimizer, shard_like
 from runtime.optimizers import LowMemoryAdamW, Muon
 
@@ -32,12 +34,14 @@ def build_model(model_class, config_class, state, path, dropout=0.0, dtype=torch
         check_types(args, config_class)
         if args.get('rope_base', 0) < 0:
             raise ValueError('its rope_base is negative')
-        return assemble(model_class, config_class(**args), weights)
+        model = assemble(model_class, config_class(**args), weights)
     except (AssertionError, TypeError, ValueError, RuntimeError) as e:
         # load_state_dict names the weights in later lines
         reason = shorten(' '.join(str(e).split()), 300)
         fail(f'{path} is not a readable checkpoint: {reason}',
              'use the model.py that made it, or another checkpoint')
+    check_finite(model, path)
+    return model
 
 
 def check_types(args, config_class):
@@ -50,6 +54,8 @@ def check_types(args, config_class):
             allowed_types = (bool, int, float, str, type(None))
         if type(value) not in allowed_types and not (key == 'bias' and kind):
             raise ValueError(f'this model has no option {key} of type {type(value).__name__}')
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f'its {key} is {value}')
 
 
 def choose_args(config_class, config):
@@ -69,12 +75,14 @@ def load_pretrained(model_class, init_from, dropout=0.0, dtype=torch.float32):
     """model_class.from_pretrained() with weights in dtype, without a wider copy of them."""
     torch.set_default_dtype(dtype)
     try:
-        return model_class.from_pretrained(init_from, dict(dropout=dropout))
+        model = model_class.from_pretrained(init_from, dict(dropout=dropout))
     except AssertionError as e:  # nanoGPT's own model.py knows only four names
         fail(f'this model.py cannot load {init_from!r} ({get_first_line(e)})',
              'use gpt2, gpt2-medium, gpt2-large or gpt2-xl')
     finally:
         torch.set_default_dtype(torch.float32)
+    check_finite(model, init_from)
+    return model
 
 
 def assemble(model_class, config, weights):
@@ -91,7 +99,8 @@ def assemble(model_class, config, weights):
     model.load_state_dict(weights, assign=True)
     for first_name, *other_names in names_by_id.values():
         for name in other_names:
-            if not torch.equal(weights[first_name], weights[name]):
+            # NaN isn't equal to itself, and check_finite() reports it
+            if not torch.equal(weights[first_name], weights[name]) and is_finite(weights[name]):
                 raise RuntimeError(f'{name} is {first_name} in this model, but not in the file')
             module, _, attribute = name.rpartition('.')
             setattr(model.get_submodule(module), attribute, model.get_parameter(first_name))
@@ -107,28 +116,41 @@ class SkipInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def fit_block_size(model, block_size, init_from):
-    """Shortens the model's longest context to block_size; fails if it is shorter than that."""
+def fit_block_size(model, block_size, init_from, eval_only=False):
+    """Shortens the model's longest context to block_size; fails if it is shorter than that.
+
+    A run that continues keeps its own: what is cut from its table of positions would be lost.
+    """
     max_block_size = model.config.block_size
     if block_size > max_block_size:
         fail(f'block_size={block_size} is larger than the {max_block_size} of {init_from}',
              f'use --block_size={max_block_size} or less')
+    if block_size < max_block_size and init_from == 'resume' and not eval_only:
+        fail(f'block_size={block_size} would cut the context of this run, which is '
+             f'{max_block_size}, for good', f'use --block_size={max_block_size}')
     if block_size < max_block_size:
         model.crop_block_size(block_size)
 
 
-def load_optimizer(optimizer, scaler, checkpoint, path, config):
+def check_finite(model, path):
+    """Fails if the model, read from path, has weights that are NaN or infinite."""
+    for name, p in model.named_parameters():
+        if not is_finite(p):
+            fail(f'the weights in {path} are not finite ({name})', 'use an earlier checkpoint')
+
+
+def load_optimizer(optimizer, scaler, checkpoint, path):
     """Puts the optimizer's and the GradScaler's state of a checkpoint where they belong.
 
-    path is the checkpoint's file. A line names the settings that come from there. If block_size
-    has cut the table of positions, its moments are cut, too.
+    path is the checkpoint's file. Returns the options for which its values count, not the settings.
     """
     if checkpoint.get('scaler'):  # it is empty if the scaler was off
         scaler.load_state_dict(checkpoint['scaler'])
     state = checkpoint.get('optimizer')
     if not state:
         check_moments(optimizer)
-        return warn(f'{path} has no optimizer state, so the optimizer begins with none')
+        warn(f'{path} has no optimizer state, so the optimizer begins with none')
+        return {}
     name = get_optimizer_name(optimizer)
     saved_name = checkpoint.get('optimizer_name', name)
     if saved_name.lower() != name.lower():  # a fork may write 'adamw'
@@ -140,9 +162,8 @@ def load_optimizer(optimizer, scaler, checkpoint, path, config):
         load_adamw(optimizer, state, path)
         check_moments(optimizer)
     else:
-        sizes = checkpoint['model_args']['block_size'], config['block_size']
-        load_other_optimizer(optimizer, state, path, sizes)
-    print_overruled(optimizer, groups)
+        load_other_optimizer(optimizer, state, path)
+    return list_overruled(optimizer, groups)
 
 
 def load_adamw(optimizer, state, path):
@@ -169,8 +190,7 @@ def load_adamw(optimizer, state, path):
         for i, p in enumerate(params):
             if i not in state['state']:  # the weight had no gradient until now
                 continue
-            moments = {key: value[:len(p)] if value.dim() else value
-                       for key, value in state['state'][i].items()}
+            moments = state['state'][i]
             shapes = {'step': (), 'exp_avg': p.shape, 'exp_avg_sq': p.shape}
             if p in muon_params:
                 shapes = {'momentum_buffer': p.shape}
@@ -205,11 +225,10 @@ def get_optimizer_name(optimizer):
     return name
 
 
-def load_other_optimizer(optimizer, state, path, sizes):
+def load_other_optimizer(optimizer, state, path):
     """load_optimizer() for an optimizer that somebody has put into configure_optimizers.
 
     It goes by the optimizer's own load_state_dict(), which takes the settings of its groups, too.
-    sizes are the block_size of the checkpoint and of this run.
     """
     groups = [dict(group) for group in optimizer.param_groups]
     params = [p for group in groups for p in group['params']]
@@ -218,7 +237,7 @@ def load_other_optimizer(optimizer, state, path, sizes):
             return optimizer.load_state_dict(state)
         states = {}
         for i, values in state['state'].items():
-            states[i] = {key: fit_value(value, params[i], *sizes) for key, value in values.items()}
+            states[i] = {key: copy_value(value, params[i]) for key, value in values.items()}
         optimizer.load_state_dict({**state, 'state': states})
         for i, values in states.items():  # torch casts all to the dtype of the weight
             for key, value in values.items():
@@ -237,24 +256,19 @@ def load_other_optimizer(optimizer, state, path, sizes):
              f'({get_first_line(e)})', 'use the optimizer of that run, or another checkpoint')
 
 
-def fit_value(value, parameter, saved_block_size, block_size):
-    """A copy of a value in the optimizer's state, cut and sharded as its parameter is."""
+def copy_value(value, parameter):
+    """A copy of a value in the optimizer's state, sharded as its parameter is."""
     if not isinstance(value, torch.Tensor):
         return value
-    is_cut = block_size < saved_block_size and parameter.shape[:1] == (block_size,)
-    if is_cut and value.shape == (saved_block_size, *parameter.shape[1:]):
-        value = value[:block_size]  # of the table of positions
     value = value.clone()  # the file may change or disappear
     return shard_like(value, parameter) if value.shape == parameter.shape else value
 
 
-def print_overruled(optimizer, groups):
-    """Prints which options of the optimizer's groups had other values before it was loaded."""
+def list_overruled(optimizer, groups):
+    """{option: value} of the optimizer's groups that had another value before it was loaded."""
     values = {}
     for old_group, group in zip(groups, optimizer.param_groups):
         for key in group:
             if key not in ('params', 'lr', 'initial_lr', *HOW) and group[key] != old_group.get(key):
                 values[key] = group[key]
-    if values:
-        text = ', '.join(f'{key}={value}' for key, value in values.items())
-        say(f'{text} come from the checkpoint, not from the settings')
+    return values

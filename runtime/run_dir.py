@@ -1,20 +1,22 @@
 """
 The folder that a run writes to: its lock, metrics.jsonl, and checkpoints saved in the background.
 """
+import contextlib
+import errno
+import itertools
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import threading
 
-import numpy as np
 import torch
 
 from runtime import checkpoint
-from runtime.checkpoint import BEST, LAST
-from runtime.console import ROOT, fail, get_first_line, say, warn
+from runtime.checkpoint import BEST, LAST, PREVIOUS
+from runtime.console import ROOT, fail, format_command, get_first_line, say, warn
+from runtime.files import check_file, is_file
 
 try:
     import fcntl
@@ -22,44 +24,57 @@ except ImportError:  # Windows: nothing keeps two runs out of one folder there
     fcntl = None
 
 METRICS = 'metrics.jsonl'
-PREVIOUS = 'previous'
+PICTURE = 'loss.png'
+_runs = {}  # the last run of each thread, by the thread's number
 
 
 class RunDir:
     """A run's folder, locked against other runs until it is closed or the process ends.
 
-    A thread writes the checkpoints while training continues. A write that fails doesn't end the
-    run: a warning is printed, the earlier files stay as they are, and the checkpoint is written
-    again at the next save.
+    The run stays in the folder that it locked, also if somebody renames that. A thread writes the
+    checkpoints while training continues. A write that fails doesn't end the run: a warning is
+    printed, the earlier files stay as they are, and the checkpoint is written again at the next
+    save.
     """
 
     def __init__(self, path):
         """Locks the folder, if it exists; fails if another run has locked it."""
         self.path = path
-        self.lock = None
+        self.folder = None  # a descriptor of the folder, which has the lock, or
+        self.lock = None  # of a file in it
         self.newest_name = None  # the name of the file that has, or will have, the newest state
         self.pending_states = {}  # {file name: state} not yet written
         self.saved_iters = {}  # {file name: iter_num}
         self.thread = None
+        self.move_lock = threading.Lock()  # this thread and that one look where the folder is
         self.can_log = True
-        if os.path.isdir(path):
-            self.acquire_lock()
+        if os.path.lexists(path) and not os.path.isdir(path):
+            fail(f'{path} is not a folder, and a run saves in a folder', 'name one with --out_dir')
+        earlier_run = _runs.pop(threading.get_ident(), None)
+        if earlier_run:  # an error ended it in a notebook, and its script runs again
+            earlier_run.close()
+        _runs[threading.get_ident()] = self
+        try:
+            if os.path.isdir(path):
+                self.acquire_lock()
+        except OSError as e:
+            fail(f'{path} cannot be used: {e.strerror}', 'name another folder with --out_dir')
 
     def begin(self, is_new, **origin):
         """Makes the folder and logs what makes this run.
 
-        Removes what a crash left unfinished. With is_new=True, moves an earlier run to previous/.
+        Removes what a crash left unfinished. With is_new=True, moves an earlier run out of the way.
         """
         try:
             os.makedirs(self.path, exist_ok=True)
             self.acquire_lock()
+            is_file(os.path.join(self.path, METRICS))
             for name in (BEST, LAST):
                 temp_path = os.path.join(self.path, name + '.tmp')
-                if os.path.exists(temp_path):
+                if os.path.lexists(temp_path):
                     os.remove(temp_path)
-            if is_new and move_earlier_run(self.path):
-                say(f'{self.path} already had a run: its checkpoints and metrics are now in '
-                    f'{os.path.join(self.path, PREVIOUS)}')
+            if is_new:
+                move_earlier_run(self.path)
             open(os.path.join(self.path, METRICS), 'a').close()
         except OSError as e:
             fail(f'{self.path!r} cannot be written to ({e.strerror})',
@@ -68,27 +83,60 @@ class RunDir:
                  torch=torch.__version__, commit=read_commit(), **origin)
 
     def acquire_lock(self):
-        if self.lock is not None or not fcntl:
+        """Locks the folder; OSError if another run has locked it."""
+        if self.folder is not None or not fcntl:
             return
-        # NFS locks only files that are open for writing, so a folder that can't be locked itself
-        # gets a file for it
-        for name, flags in (('.', os.O_RDONLY), ('.lock', os.O_RDWR | os.O_CREAT)):
-            try:
-                self.lock = os.open(os.path.join(self.path, name), flags)
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.folder = os.open(self.path, os.O_RDONLY)
+        try:
+            reason = try_to_lock(self.folder)
+            if reason:  # NFS locks only files that are open for writing
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+                self.lock = os.open(os.path.join(self.path, '.lock'), flags)
+                reason = try_to_lock(self.lock)
+        except OSError as e:
+            reason = e.strerror
+            if e.errno == errno.EBUSY:
+                self.release_lock()
+                raise
+        if reason:
+            warn(f'{self.path} cannot be locked ({reason}), so nothing keeps a second run out of '
+                 'it')
+
+    def release_lock(self):
+        for descriptor in (self.lock, self.folder):
+            if descriptor is not None:
+                os.close(descriptor)
+        self.folder, self.lock = None, None
+
+    def follow(self):
+        """Sets path to where the folder is now. If it was removed, makes and locks it again.
+
+        OSError if that is impossible: another run may have a folder of that name.
+        """
+        with self.move_lock:
+            if not fcntl or self.folder is not None and is_same_folder(self.folder, self.path):
+                return os.makedirs(self.path, exist_ok=True)
+            new_path = find_path(self.folder)
+            if new_path and is_same_folder(self.folder, new_path):
+                warn(f'{self.path} is now {new_path}, and the run continues there')
+                self.path = new_path
                 return
-            except BlockingIOError:
-                fail(f'another run is writing to {self.path}',
-                     'stop it first, or name another folder with --out_dir')
-            except OSError as e:
-                reason = e.strerror
-        warn(f'{self.path} cannot be locked ({reason}), so nothing keeps a second run out of it')
+            self.release_lock()
+            if checkpoint.exists(self.path):
+                raise OSError(errno.EEXIST, 'another run has a checkpoint there', self.path)
+            os.makedirs(self.path, exist_ok=True)
+            self.acquire_lock()
+            warn(f'{self.path} was removed, so it was made again')
 
     def log(self, **event):
         """Appends the event to metrics.jsonl, as one line of JSON."""
         line = json.dumps(event, default=float).encode() + b'\n'  # of tensors and numpy's numbers
         try:
-            with open(os.path.join(self.path, METRICS), 'ab+') as f:
+            self.follow()
+            path = os.path.join(self.path, METRICS)
+            if os.path.lexists(path):
+                check_file(path)  # a pipe would block
+            with open(path, 'ab+') as f:
                 if f.tell():
                     f.seek(-1, os.SEEK_END)
                     if f.read() != b'\n':  # a crash cut off the last line
@@ -108,13 +156,18 @@ class RunDir:
         isn't a copy will change, so save() then waits, and doesn't keep it for another try.
         """
         self.wait()
-        state = copy_extras(state)
+        say(f'saving checkpoint to {self.path}')
+        state = checkpoint.copy_extras(state)
         self.newest_name = BEST if is_best else LAST
         if is_best:
             self.pending_states.pop(LAST, None)  # it is older
         self.pending_states[self.newest_name] = state
         self.thread = threading.Thread(target=self.write)
-        self.thread.start()
+        try:
+            self.thread.start()
+        except RuntimeError:  # the program ends, and there are no new threads
+            self.thread = None
+            self.write()
         if not is_copy:
             self.wait()
             if self.newest_name in self.pending_states:
@@ -127,17 +180,14 @@ class RunDir:
             if state is None:
                 continue
             try:
-                if not os.path.isdir(self.path):
-                    warn(f'{self.path} has disappeared; creating it again')
-                    os.makedirs(self.path)
-                    self.lock = None
-                    self.acquire_lock()
+                self.follow()
                 checkpoint.save(state, self.path, is_best=name == BEST)
                 self.saved_iters[name] = state['iter_num']
                 if name == BEST and self.saved_iters.get(LAST, 0) <= state['iter_num']:
+                    self.follow()  # only the run's own file may be removed
                     checkpoint.remove_last(self.path)
                 del self.pending_states[name]
-            except (OSError, RuntimeError, ValueError) as e:
+            except Exception as e:  # somebody may have put anything into it
                 while e.__context__:  # torch's writer hides the system's error behind its own
                     e = e.__context__
                 warn(f'{name} could not be saved in {self.path} ({get_first_line(e)}); '
@@ -149,64 +199,89 @@ class RunDir:
             self.thread.join()
             self.thread = None
 
-    def close(self):
+    def close(self, iter_num=None):
         """Waits for the last save and unlocks the folder.
 
-        Returns the path of the newest checkpoint, or None if it could not be saved.
+        Returns the path of the newest checkpoint, or None if it could not be saved or isn't that
+        of iter_num.
         """
         self.wait()
-        if self.lock is not None:
-            os.close(self.lock)
-        if self.newest_name in self.pending_states:
+        self.release_lock()
+        is_older = iter_num is not None and self.saved_iters.get(self.newest_name) != iter_num
+        if is_older or self.newest_name in (None, *self.pending_states):
             return None
         return os.path.join(self.path, self.newest_name)
 
 
-def copy_extras(state):
-    """The state, with copies of what somebody has added to it, in a form that can be read again.
+def try_to_lock(descriptor):
+    """Locks what is open there; returns why it can't be locked. OSError if another run has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        pid = find_lock_owner(descriptor)
+        owner = f' (process {pid})' if pid else ''
+        raise OSError(errno.EBUSY, f'another run{owner} is writing to it') from e
+    except OSError as e:
+        return e.strerror
 
-    Training would change tensors while they are written. Numbers of numpy become plain ones.
+
+def find_lock_owner(descriptor):
+    """The number of the process that has locked what is open there; None where that isn't known.
+
+    torchrun's processes go on if it is killed.
     """
-    extras = {key: copy_value(value) for key, value in state.items()
-              if key not in ('model', 'optimizer')}
-    # of a part of the model that somebody has compiled
-    weights = {name.replace('_orig_mod.', ''): w for name, w in state['model'].items()}
-    return {**state, **extras, 'model': weights}
+    status = os.fstat(descriptor)
+    place = f'{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}'
+    with contextlib.suppress(OSError):  # only Linux has it
+        with open('/proc/locks') as f:
+            for words in map(str.split, f):
+                if place in words and 'FLOCK' in words:
+                    return words[words.index(place) - 1]
 
 
-def copy_value(value):
-    """A copy of nested values, with tensors on the CPU, and without types of numpy."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to('cpu', copy=True)
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value.copy())
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, dict):
-        return {copy_value(key): copy_value(item) for key, item in value.items()}
-    if type(value) in (list, tuple, set):
-        return type(value)(copy_value(item) for item in value)
-    return value
+def is_same_folder(descriptor, path):
+    """Whether path is the folder that is open there."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:
+        return False
+
+
+def find_path(descriptor):
+    """The present path of the folder that is open there; None if the system doesn't tell it."""
+    if descriptor is None:
+        return None
+    if hasattr(fcntl, 'F_GETPATH'):  # a Mac
+        return fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024)).rstrip(b'\0').decode()
+    try:
+        return os.readlink(f'/proc/self/fd/{descriptor}')
+    except OSError:
+        return None
 
 
 def move_earlier_run(out_dir):
-    """Moves an earlier run's files to out_dir/previous; returns whether there were any.
+    """Moves an earlier run's files to out_dir/previous-1, or the next number that is free.
 
-    They replace what is in previous/. A run without a checkpoint is not worth that: its metrics
-    stay, and the new ones are added to them. What a crash interrupts is completed at the next
-    start.
+    So nothing that a run has saved is ever removed. A run without a checkpoint is not worth that:
+    its metrics stay, and the new ones are added to them.
     """
-    previous_dir = os.path.join(out_dir, PREVIOUS)
-    temp_dir = previous_dir + '.new'
-    if not checkpoint.exists(out_dir) and not os.path.exists(temp_dir):
-        return False
-    os.makedirs(temp_dir, exist_ok=True)
-    for name in (BEST, LAST, METRICS):
-        if os.path.exists(os.path.join(out_dir, name)):
-            os.replace(os.path.join(out_dir, name), os.path.join(temp_dir, name))
-    shutil.rmtree(previous_dir, ignore_errors=True)
-    os.replace(temp_dir, previous_dir)
-    return True
+    if not checkpoint.exists(out_dir):
+        return
+    iter_num = max(checkpoint.read_iter_num(os.path.join(out_dir, name)) for name in (BEST, LAST))
+    # the newest state last: a crash in between must not make an older one the newest
+    names = [name for name in (METRICS, PICTURE, BEST, LAST)
+             if os.path.lexists(os.path.join(out_dir, name))]
+    for number in itertools.count(1):
+        folder = os.path.join(out_dir, f'{PREVIOUS}-{number}')
+        is_taken = os.path.lexists(folder) and not os.path.isdir(folder)
+        # a folder that a crash has left incomplete is completed
+        if not is_taken and not any(os.path.lexists(os.path.join(folder, name)) for name in names):
+            break
+    os.makedirs(folder, exist_ok=True)
+    for name in names:
+        os.replace(os.path.join(out_dir, name), os.path.join(folder, name))
+    say(f'{out_dir} already had a run of {iter_num} iterations: it is now in {folder}; '
+        f'to continue it: {format_command(out_dir=folder, init_from="resume")}')
 
 
 def read_commit():

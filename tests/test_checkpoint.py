@@ -3,7 +3,7 @@ import os
 
 import pytest
 import torch
-from conftest import FAST, GOLDEN, TINY, run
+from conftest import FAST, GOLDEN, TINY, expect_error, run, run_here
 
 from model import GPT, GPTConfig
 from runtime import checkpoint, restore
@@ -14,7 +14,7 @@ NANOGPT = os.path.join(GOLDEN, 'nanogpt_ckpt_char')
 def test_our_checkpoints_have_what_nanogpt_reads(trained):
     ours = torch.load(os.path.join(trained, 'ckpt.pt'), weights_only=True)
     theirs = torch.load(os.path.join(NANOGPT, 'ckpt.pt'), weights_only=True)
-    assert set(ours) - {'meta', 'finished', 'optimizer_name'} == set(theirs)
+    assert set(ours) - {'meta', 'finished', 'optimizer_name', 'data'} == set(theirs)
     assert set(ours['model_args']) == set(theirs['model_args'])
     model = GPT(GPTConfig(**ours['model_args']))
     shapes = {name: w.shape for name, w in model.state_dict().items()}
@@ -119,7 +119,7 @@ def test_every_damage_is_noticed(tmp_path):
 def test_a_failed_save_keeps_the_earlier_checkpoint(tmp_path):
     checkpoint.save(tiny_state(5), str(tmp_path))
     with pytest.raises(AttributeError):  # this state cannot be written
-        checkpoint.save({**tiny_state(6), 'bad': lambda: 0}, str(tmp_path))
+        checkpoint.save({**tiny_state(6), 'config': {'bad': lambda: 0}}, str(tmp_path))
     assert checkpoint.load_newest(str(tmp_path))[0]['iter_num'] == 5
 
 
@@ -139,3 +139,95 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
     assert not canary.exists()
     torch.load(tmp_path / 'ckpt.pt', weights_only=False)  # this shows that the code works
     assert canary.exists()
+
+
+# -----------------------------------------------------------------------------
+# which file is read
+@pytest.fixture
+def stopped(trained, tmp_path):
+    """A run that was stopped: its newest state is in ckpt_last.pt."""
+    state = torch.load(os.path.join(trained, 'ckpt.pt'), weights_only=True)
+    torch.save(state, tmp_path / 'ckpt.pt')
+    torch.save({**state, 'iter_num': 75}, tmp_path / 'ckpt_last.pt')
+    return tmp_path
+
+
+@pytest.mark.parametrize('command', [
+    ['sample.py', '--num_samples=1', '--max_new_tokens=1'], ['convert.py', '--hf_dir=HF'],
+    ['train.py', *TINY, '--init_from=resume', '--eval_only']])
+def test_the_file_that_is_read_is_named_and_can_be_chosen(stopped, char_data, command):
+    args = [arg.replace('HF', str(stopped / 'hf')) for arg in command]
+    if command[0] == 'train.py':
+        args.append(f'--dataset={char_data}')
+    result = run_here(*args, f'--out_dir={stopped}')
+    said = result.stdout + result.stderr
+    best, last = stopped / 'ckpt.pt', stopped / 'ckpt_last.pt'
+    assert f'{best} is from iteration 60; {last} is newer, from iteration 75' in said
+    assert f'--out_dir={last}' in said
+    args = [arg.replace(str(stopped / 'hf'), str(stopped / 'hf2')) for arg in args]
+    result = run_here(*args, f'--out_dir={last}')
+    said = result.stdout + result.stderr
+    assert str(last) in said and str(best) not in said and 'newer' not in said
+
+
+def test_a_run_needs_a_folder_and_not_a_file(stopped, char_data):
+    for init_from in ('scratch', 'resume', 'auto'):
+        err = run('train.py', *TINY, f'--dataset={char_data}', f'--init_from={init_from}',
+                  f'--out_dir={stopped / "ckpt.pt"}', ok=False).stderr
+        assert 'is not a folder' in err
+
+
+# -----------------------------------------------------------------------------
+# weights that are not finite
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), float('-inf')])
+@pytest.mark.parametrize('name', ['transformer.wte.weight', 'transformer.h.1.ln_2.weight',
+                                  'transformer.h.0.mlp.c_proj.weight'])
+def test_weights_that_are_not_finite_are_not_used(trained, tmp_path, capsys, value, name):
+    state = torch.load(os.path.join(trained, 'ckpt.pt'), weights_only=True)
+    state['model'][name].view(-1)[-1] = value
+    torch.save(state, tmp_path / 'ckpt.pt')
+    state, path = checkpoint.load_best(str(tmp_path))
+    line = expect_error(capsys, restore.build_model, GPT, GPTConfig, state, path)
+    assert 'are not finite' in line and path in line
+
+
+def test_sampling_from_weights_that_are_not_finite_is_an_error(trained, tmp_path):
+    state = torch.load(os.path.join(trained, 'ckpt.pt'), weights_only=True)
+    state['model']['transformer.wpe.weight'][3, 3] = float('nan')
+    torch.save(state, tmp_path / 'ckpt.pt')
+    assert 'not finite' in run('sample.py', f'--out_dir={tmp_path}', ok=False).stderr
+    model = GPT(GPTConfig(**state['model_args']))
+    model.load_state_dict(state['model'])
+    assert not checkpoint.has_finite_weights(model)
+    model.transformer.wpe.weight.data[3, 3] = 3e38  # large, but a number
+    assert checkpoint.has_finite_weights(model)
+    model.register_buffer('mask', torch.full((4, 4), float('-inf')).triu(1))  # not a weight
+    assert checkpoint.has_finite_weights(model)
+
+
+@pytest.mark.parametrize('spoil, is_kept', [
+    ('p.data[0] = math.nan', False), ('p.data.mul_(math.inf)', False),
+    ('p.data.fill_(3e38)', True)])  # finite, with a val loss of nan
+def test_finite_weights_are_never_replaced_by_others(char_data, tmp_path, spoil, is_kept):
+    args = [*TINY, f'--dataset={char_data}', f'--out_dir={tmp_path}', '--eval_interval=5',
+            '--max_bad_steps=3']
+    run('train.py', *args, '--max_iters=5')
+    before = (tmp_path / 'ckpt.pt').read_bytes()
+    config = tmp_path / 'spoil.py'  # an update that spoils the weights
+    config.write_text(f"""
+import math
+from runtime import optimizers
+clip_and_step = optimizers.clip_and_step
+def step(optimizer, *args):
+    norm = clip_and_step(optimizer, *args)
+    for group in optimizer.param_groups:
+        for p in group['params']:
+            {spoil}
+    return norm
+optimizers.clip_and_step = step
+""")
+    out = run('train.py', str(config), *args, '--max_iters=20', '--init_from=resume', ok=None)
+    assert out.returncode == 1, out.stderr
+    assert (tmp_path / 'ckpt.pt').read_bytes() == before
+    assert (tmp_path / 'ckpt_last.pt').exists() == is_kept
+    assert ('are not finite: they are not saved' in out.stderr) != is_kept

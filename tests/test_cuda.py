@@ -148,6 +148,7 @@ def make_space(tmp_path, optim, moments_dtype, transfers, **options):
     space = dict(
         torch=torch, np=np, os=os, tqdm=tqdm, kernels=kernels, optimizers=optimizers,
         signals=signals, check_ids=check_ids, forget_pages=forget_pages, data_dir='',
+        check_mapped_file=lambda tokens: None,  # these are not in a file
         move_to_device=move_to_device, list_eval_batches=list_batches,
         distributed=types.SimpleNamespace(sync_gradients=distributed.sync_gradients,
                                           agree=distributed.agree, all_reduce_sum=all_reduce_sum),

@@ -6,7 +6,7 @@ import torch
 from conftest import TINY, metrics, run, run_ranks, torchrun
 
 from model import GPT, GPTConfig
-from runtime import checkpoint, distributed
+from runtime import checkpoint, distributed, ranges
 
 
 @pytest.mark.parametrize('dropout', ['0.0', '0.2'])
@@ -71,11 +71,11 @@ def test_the_hint_for_accumulation_is_right_for_all_small_numbers(capsys):
              for ranks in range(1, 9)] + [(40, 12, 16)]
     for steps, batch_size, ranks in cases:
         if steps % ranks == 0:
-            distributed.check_accumulation(steps, batch_size, ranks)
+            ranges.check_accumulation(steps, batch_size, ranks)
             assert capsys.readouterr().err == ''
             continue
         with pytest.raises(SystemExit):
-            distributed.check_accumulation(steps, batch_size, ranks)
+            ranges.check_accumulation(steps, batch_size, ranks)
         err = capsys.readouterr().err
         if steps * batch_size % ranks:
             assert not HINT.search(err), err

@@ -332,7 +332,7 @@ def test_an_unfused_state_continues_on_the_device(trained, device):
     device_type = torch.device(device).type
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device_type)
     scaler = torch.amp.GradScaler(device_type, enabled=False)
-    restore.load_optimizer(optimizer, scaler, state, path, state['config'])
+    restore.load_optimizer(optimizer, scaler, state, path)
     assert all(group['fused'] and not group['foreach'] for group in optimizer.param_groups)
     x = torch.zeros(1, 8, dtype=torch.long, device=device)
     model(x, x)[1].backward()

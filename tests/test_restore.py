@@ -88,7 +88,7 @@ def load_optimizer(state, path, device):
     model = restore.build_model(GPT, GPTConfig, state, path).to(device)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device)
     scaler = torch.amp.GradScaler(device, enabled=False)
-    restore.load_optimizer(optimizer, scaler, state, path, state['config'])
+    restore.load_optimizer(optimizer, scaler, state, path)
     return model, optimizer
 
 

@@ -7,14 +7,26 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Process, equal_states, list_files, metrics, run, run_here
+from conftest import (
+    ROOT,
+    TINY,
+    Process,
+    equal_states,
+    has_iterations,
+    list_files,
+    metrics,
+    run,
+    run_here,
+    wait_until,
+)
 
-from runtime import checkpoint, distributed, machine
-from runtime.run_dir import RunDir, move_earlier_run
+from runtime import checkpoint, distributed, memory
+from runtime.run_dir import RunDir, find_lock_owner, move_earlier_run
 
 
 def make_state(iter_num, size=10):
@@ -32,17 +44,15 @@ def read_iter_num(path):
 
 
 def test_what_could_not_be_saved_is_saved_with_the_next(tmp_path, capsys):
-    folder, aside = tmp_path / 'run', tmp_path / 'aside'
+    folder = tmp_path / 'run'
     run_dir = start_run(folder)
     run_dir.save(make_state(1), is_best=True)
     run_dir.wait()
-    shutil.move(folder, aside)
-    folder.write_text('this file is in the way')
+    (folder / 'ckpt.pt.tmp').mkdir()  # the file would be here
     run_dir.save(make_state(2), is_best=True)
     run_dir.wait()
     assert 'ckpt.pt could not be saved' in capsys.readouterr().err
-    folder.unlink()
-    shutil.move(aside, folder)
+    (folder / 'ckpt.pt.tmp').rmdir()
     run_dir.save(make_state(3), is_best=False)
     assert run_dir.close() == str(folder / 'ckpt_last.pt')
     assert read_iter_num(folder / 'ckpt.pt') == 2
@@ -109,7 +119,7 @@ def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch):
     assert read_iter_num(tmp_path / 'ckpt.pt') == 1
 
 
-@pytest.mark.parametrize('moves', range(4))
+@pytest.mark.parametrize('moves', range(3))
 def test_moving_an_earlier_run_survives_a_crash(tmp_path, monkeypatch, moves):
     run_dir = start_run(tmp_path)
     for iter_num, is_best in ((1, True), (2, False)):
@@ -126,9 +136,11 @@ def test_moving_an_earlier_run_survives_a_crash(tmp_path, monkeypatch, moves):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, 'replace', crash)
         move_earlier_run(str(tmp_path))
-    assert move_earlier_run(str(tmp_path)) and list_files(tmp_path) == ['previous']
-    assert read_iter_num(tmp_path / 'previous' / 'ckpt.pt') == 1
-    assert read_iter_num(tmp_path / 'previous' / 'ckpt_last.pt') == 2
+    assert read_iter_num(tmp_path / 'ckpt_last.pt') == 2  # an older one must not be the newest
+    move_earlier_run(str(tmp_path))
+    assert list_files(tmp_path) == ['previous-1']
+    assert read_iter_num(tmp_path / 'previous-1' / 'ckpt.pt') == 1
+    assert read_iter_num(tmp_path / 'previous-1' / 'ckpt_last.pt') == 2
 
 
 def test_a_save_is_a_copy_of_the_moment_and_tied_tensors_stay_one(tmp_path):
@@ -178,7 +190,7 @@ def can_mount():
     (TMPFS, FILL, '', NO_SPACE),
     (TMPFS, 'mount --bind run run; mount -o remount,bind,ro run',
      'until umount run; do :; done', READ_ONLY),
-    ('true', 'mv run gone', 'true', 'run has disappeared; creating it again'),
+    ('true', 'rm -r run', 'true', 'run was removed, so it was made again'),
 ], ids=['full and freed', 'full', 'read-only for a while', 'disappeared'])
 def test_a_run_continues_when_it_cannot_write(char_data, tmp_path, mount, break_it, mend_it, said):
     args = [*TINY, f'--dataset={char_data}', '--out_dir=run', '--eval_interval=50',
@@ -210,8 +222,7 @@ def test_a_limit_on_files_ends_in_status_1(char_data, tmp_path):
     assert out.returncode == 1 and out.stderr.splitlines() == [
         'warning: ckpt.pt could not be saved in run ([Errno 27] File too large); '
         'training continues, and the next save tries again',
-        'error: the state after 3 iterations could not be saved in run; '
-        'what was saved before is still there']
+        'error: the state after 3 iterations could not be saved in run; nothing has been saved']
     assert list_files(tmp_path / 'run') == ['metrics.jsonl']
     assert len(metrics(tmp_path / 'run', 'iter')) == 3
 
@@ -245,7 +256,7 @@ def test_one_folder_takes_one_run(char_data, tmp_path):
             '--max_iters=1000000']
     with running('metrics.jsonl', *args, folder=folder):
         second = run('train.py', *args, ok=False)
-        assert f'another run is writing to {folder}' in second.stderr
+        assert 'cannot be used: another run (process ' in second.stderr
         assert len(metrics(folder, 'run')) == 1 and list_files(folder) == ['metrics.jsonl']
     # the lock ends with the process, however it ends
     assert 'iter 0: loss' in run('train.py', *args, '--max_iters=1').stdout
@@ -258,7 +269,164 @@ def test_the_folder_is_locked_before_it_is_read(char_data, tmp_path):
     with running('metrics.jsonl', *args, folder=folder):
         (folder / 'ckpt.pt').write_bytes(b'half written')  # a reader would report this
         out = run('train.py', *args, ok=False)
-        assert f'another run is writing to {folder}' in out.stderr
+        assert 'cannot be used: another run (process ' in out.stderr
+
+
+def test_the_owner_of_a_lock_is_named(char_data, tmp_path):
+    folder = tmp_path / 'run'
+    process = Process('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={folder}',
+                      '--max_iters=1000000', '--eval_interval=1000000')
+    wait_until((folder / 'metrics.jsonl').exists, process)
+    with pytest.raises(SystemExit):
+        RunDir(str(folder))
+    pid = find_lock_owner(os.open(folder, os.O_RDONLY))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert pid == str(process.pid)
+    assert find_lock_owner(os.open(folder, os.O_RDONLY)) is None
+
+
+def test_a_notebook_can_run_the_script_again_after_an_error(tmp_path):
+    folder = tmp_path / 'run'
+    run_dir = start_run(folder)  # the error leaves it open
+    run_dir.save(make_state(1), is_best=True)
+    again = start_run(folder)
+    again.save(make_state(2), is_best=True)
+    assert again.close() == str(folder / 'ckpt.pt') and read_iter_num(folder / 'ckpt.pt') == 2
+    errors = []
+
+    def run_elsewhere():
+        try:
+            start_run(folder)
+        except SystemExit as e:
+            errors.append(e)
+
+    third = start_run(folder)
+    thread = threading.Thread(target=run_elsewhere)  # this one runs at the same time
+    thread.start()
+    thread.join()
+    assert len(errors) == 1
+    third.close()
+
+
+# -----------------------------------------------------------------------------
+# the folder that was locked is the folder that is written
+def test_a_run_follows_its_folder(tmp_path, capsys):
+    folder, aside = tmp_path / 'run', tmp_path / 'aside'
+    run_dir = start_run(folder)
+    run_dir.save(make_state(1), is_best=True)
+    run_dir.wait()
+    folder.rename(aside)
+    other = start_elsewhere(folder)
+    other.save(make_state(100), is_best=True)
+    other.wait()
+    run_dir.log(event='iter', iter=1)
+    run_dir.save(make_state(2), is_best=True)
+    assert run_dir.close(2) == str(aside / 'ckpt.pt') and read_iter_num(aside / 'ckpt.pt') == 2
+    assert read_iter_num(folder / 'ckpt.pt') == 100
+    assert len(metrics(aside, 'iter')) == 1 and not metrics(folder, 'iter')
+    assert f'{folder} is now {aside}' in capsys.readouterr().err
+    other.close()
+
+
+def start_elsewhere(folder):
+    """A run of another thread."""
+    runs = []
+    thread = threading.Thread(target=lambda: runs.append(start_run(folder)))
+    thread.start()
+    thread.join()
+    return runs[0]
+
+
+def test_a_folder_that_is_renamed_twice_and_back(tmp_path):
+    folder = tmp_path / 'run'
+    run_dir = start_run(folder)
+    for number, name in enumerate(('a', 'b', 'run')):
+        os.rename(run_dir.path, tmp_path / name)
+        run_dir.save(make_state(number), is_best=True)
+        run_dir.wait()
+        assert read_iter_num(tmp_path / name / 'ckpt.pt') == number
+    assert run_dir.close() == str(folder / 'ckpt.pt')
+
+
+@pytest.mark.parametrize('is_running', [True, False])
+def test_a_removed_folder_that_another_run_has_taken_is_left_alone(tmp_path, capsys, is_running):
+    folder = tmp_path / 'run'
+    run_dir = start_run(folder)
+    shutil.rmtree(folder)
+    other = start_elsewhere(folder)
+    other.save(make_state(100), is_best=True)
+    other.wait()
+    if not is_running:
+        other.close()
+    for iter_num in (2, 3, 4):
+        run_dir.save(make_state(iter_num), is_best=True)
+        run_dir.log(event='iter', iter=iter_num)
+        run_dir.wait()
+        assert 'ckpt.pt could not be saved' in capsys.readouterr().err
+        assert read_iter_num(folder / 'ckpt.pt') == 100 and not metrics(folder, 'iter')
+    other.close()
+    shutil.rmtree(folder)  # now it is free
+    run_dir.save(make_state(3), is_best=True)
+    assert run_dir.close(3) == str(folder / 'ckpt.pt') and read_iter_num(folder / 'ckpt.pt') == 3
+
+
+# -----------------------------------------------------------------------------
+# earlier runs
+def test_no_earlier_run_is_ever_removed(tmp_path, capsys):
+    (tmp_path / 'previous').mkdir()  # as older versions of this project named it
+    checkpoint.save(make_state(50), str(tmp_path / 'previous'))
+    for iter_num in (300, 3, 20):
+        run_dir = RunDir(str(tmp_path))
+        run_dir.begin(is_new=True)
+        run_dir.save(make_state(iter_num), is_best=iter_num != 3)
+        run_dir.close()
+    out = capsys.readouterr().out
+    assert 'a run of 300 iterations: it is now in' in out and 'a run of 3 iterations' in out
+    runs = checkpoint.list_previous_runs(str(tmp_path))
+    assert runs == [(300, str(tmp_path / 'previous-1')), (50, str(tmp_path / 'previous')),
+                    (3, str(tmp_path / 'previous-2'))]
+    assert read_iter_num(tmp_path / 'ckpt.pt') == 20
+
+
+def test_a_file_in_the_way_of_an_earlier_run(tmp_path):
+    (tmp_path / 'previous-1').write_text('somebody has named it so')
+    checkpoint.save(make_state(5), str(tmp_path))
+    move_earlier_run(str(tmp_path))
+    assert read_iter_num(tmp_path / 'previous-2' / 'ckpt.pt') == 5
+
+
+@pytest.mark.parametrize('value', [lambda: 1, threading.Lock(), 1 << 3000, {(1, (2, (3, (4,)))): 0},
+                                   sys.stdout])
+def test_what_cannot_be_saved_is_left_out(tmp_path, capsys, value):
+    run_dir = start_run(tmp_path)
+    run_dir.save({**make_state(1), 'mine': value, 'other': 5}, is_best=True)
+    assert run_dir.close(1) == str(tmp_path / 'ckpt.pt')
+    assert read_iter_num(tmp_path / 'ckpt.pt') == 1
+    assert 'mine, other cannot be saved in a checkpoint' in capsys.readouterr().err
+
+
+def test_a_forgotten_flag_loses_nothing(char_data, tmp_path):
+    folder = tmp_path / 'my run'
+    args = [*TINY, f'--dataset={char_data}', f'--out_dir={folder}', '--eval_interval=1000000']
+    run('train.py', *args, '--max_iters=30')
+    before = (folder / 'ckpt.pt').read_bytes()
+    for number in (1, 2):
+        process = Process('train.py', *args, '--max_iters=1000000')
+        wait_until((folder / f'previous-{number}' / 'metrics.jsonl').exists, process)
+        wait_until(has_iterations(folder, 1), process)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate()
+        assert f'it is now in {folder}/previous-{number}; to continue it: ' in out
+    assert (folder / 'previous-1' / 'ckpt.pt').read_bytes() == before
+    assert f"'--out_dir={folder}/previous-2' --init_from=resume\n" in out  # for a shell
+    (folder / 'ckpt_last.pt').unlink()
+    for script, *flags in (('sample.py',), ('train.py', *TINY, '--init_from=resume',
+                                            f'--dataset={char_data}')):
+        err = run(script, *flags, f'--out_dir={folder}', ok=False).stderr
+        assert f'{folder}/previous-1 (30 iterations)' in err
+    out = run('train.py', *args, '--init_from=auto', '--max_iters=1')
+    assert f'{folder}/previous-1 (30 iterations)' in out.stderr and 'from scratch' in out.stdout
 
 
 def test_a_closed_terminal_does_not_end_a_run(char_data, tmp_path):
@@ -278,7 +446,7 @@ def test_without_room_for_a_copy(char_data, tmp_path, monkeypatch):
     monkeypatch.setattr(RunDir, 'save', lambda self, state, is_best, is_copy: (
         copies.append(is_copy) or save(self, state, is_best, is_copy)))
     run_here('train.py', *args, f'--out_dir={copy_dir}')
-    monkeypatch.setattr(machine, 'read_free_memory', lambda device: 1000)
+    monkeypatch.setattr(memory, 'read_free_memory', lambda device: 1000)
     assert copies == [True] * 3  # after 3, 6 and 8 iterations
     assert 'may not fit' in run_here('train.py', *args, f'--out_dir={direct_dir}').stderr
     assert copies == [True] * 3 + [False] * 3

@@ -3,13 +3,14 @@ import json
 import os
 import random
 import select
+import shlex
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, run, run_here
+from conftest import ROOT, TINY, run, run_here
 
 from model import GPT, GPTConfig
 from runtime.checkpoint import save
@@ -323,3 +324,25 @@ def test_a_terminal_of_few_characters(trained, tmp_path):
                             env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
     # on stdout, which would raise
     assert not result.returncode and r"3 characters: ' t\xe9'" in result.stdout
+
+
+def test_a_model_without_a_new_line_begins_with_a_character_that_it_has(tmp_path):
+    (tmp_path / 'x.txt').write_text('bcad' * 300)
+    run_here('data/text/prepare.py', f'--input={tmp_path / "x.txt"}', f'--out_dir={tmp_path}')
+    out = run_here('train.py', *TINY, f'--dataset={tmp_path}', f'--out_dir={tmp_path / "a b"}',
+                   '--max_iters=2').stdout
+    command = shlex.split(out.partition('sample from it: ')[2])  # the hint works as it stands
+    out = run('sample.py', *command[2:], '--num_samples=2', '--max_new_tokens=5')
+    assert "the vocabulary has no new line, so the prompt is 'a'" in out.stderr
+    samples = out.stdout.split('\n---------------\n')[:2]
+    assert all(text.startswith('a') and len(text) == 6 for text in samples)
+    err = run('sample.py', *command[2:], '--start=x' + chr(0x4e00) * 9999, ok=False).stderr
+    assert 'not in the vocabulary' in err and len(err) < 300
+
+
+def test_a_prompt_from_notepad_or_from_home(trained, tmp_path):
+    (tmp_path / 'prompt.txt').write_bytes(b'\xef\xbb\xbf1 and')
+    for path in (tmp_path / 'prompt.txt', '~/prompt.txt'):
+        out = run('sample.py', f'--out_dir={trained}', f'--start=FILE:{path}', '--num_samples=1',
+                  '--max_new_tokens=2', HOME=str(tmp_path)).stdout
+        assert out.startswith('1 and')

@@ -24,7 +24,7 @@ from conftest import (
 
 import model
 import plot
-from runtime import checkpoint, distributed, machine, optimizers, restore
+from runtime import checkpoint, distributed, machine, optimizers, ranges, restore
 from runtime.dataset import DataOrder, check_ids, move_to_device
 from runtime.run_dir import RunDir
 
@@ -65,7 +65,8 @@ def batches(data, world_size=1, rank=0, accumulation=4, batch_size=3, block_size
     order = DataOrder(data_order, seed, len(data), block_size, batch_size, accumulation)
     _, get_train_batch, _ = functions_of(
         'train.py', 'get_batch', 'get_train_batch', 'seed_micro_step', np=np, torch=torch,
-        seed=seed, os=os, check_ids=check_ids, order=order,
+        seed=seed, os=os, check_ids=check_ids, check_mapped_file=lambda tokens: None, order=order,
+        tokens={'train': data},
         move_to_device=move_to_device, windows=windows, data_dir='', raw_model=raw_model,
         device='cpu', ddp_world_size=world_size, ddp_rank=rank)
     return {(it, m): get_train_batch(it, m)
@@ -122,14 +123,14 @@ def test_inputs_and_targets_do_not_share_memory(batch_size):
 
 
 def test_accumulation_suggests_values_for_the_same_batch(capsys):
-    distributed.check_accumulation(40, 12, 8)
+    ranges.check_accumulation(40, 12, 8)
     for steps, batch_size, words in (
             (10, 12, 'for the same tokens/iter use --gradient_accumulation_steps=12 '
                      '--batch_size=10\n'),
             (1, 12, '--gradient_accumulation_steps=4 --batch_size=3\n'),
             (5, 1, '5, cannot stay the same: --gradient_accumulation_steps=8 makes it 8\n')):
         with pytest.raises(SystemExit):
-            distributed.check_accumulation(steps, batch_size, 4)
+            ranges.check_accumulation(steps, batch_size, 4)
         err = capsys.readouterr().err
         assert words in err and f'gradient_accumulation_steps={steps} is not divisible' in err
 
@@ -216,7 +217,7 @@ def test_saves_between_evaluations(char_data, tmp_path):
     ids[10000:10100] = 999
     ids.tofile(tmp_path / 'train.bin')
     run('train.py', *TINY, f'--dataset={tmp_path}', f'--out_dir={tmp_path}', '--max_iters=500',
-        '--eval_iters=1', '--eval_interval=1000', '--save_interval=2', '--seed=3', ok=False)
+        '--eval_iters=1', '--eval_interval=1000', '--save_interval=2', '--seed=3', ok=None)
     # its batch is made while 8 is computed
     assert [e['iter'] for e in metrics(tmp_path, 'iter')] == list(range(8))
     assert torch.load(tmp_path / 'ckpt_last.pt', weights_only=True)['iter_num'] == 8
@@ -239,12 +240,12 @@ def test_the_best_is_saved_even_right_after_a_resume(char_data, tmp_path):
 
 def test_another_run_from_scratch_keeps_the_earlier_one(char_data, tmp_path):
     args = [*TINY, f'--dataset={char_data}', f'--out_dir={tmp_path}']
-    kept = tmp_path / 'previous' / 'ckpt.pt'
+    kept = tmp_path / 'previous-1' / 'ckpt.pt'
     run('train.py', *args, '--max_iters=2')
     out = run('train.py', *args, '--max_iters=1').stdout
     assert 'already had a run' in out
-    assert list_files(tmp_path) == ['ckpt.pt', 'metrics.jsonl', 'previous']
-    assert list_files(tmp_path / 'previous') == ['ckpt.pt', 'metrics.jsonl']
+    assert list_files(tmp_path) == ['ckpt.pt', 'metrics.jsonl', 'previous-1']
+    assert list_files(tmp_path / 'previous-1') == ['ckpt.pt', 'metrics.jsonl']
     assert torch.load(kept, weights_only=True)['iter_num'] == 2
     assert len(metrics(tmp_path, 'run')) == 1
     # a run that ended before its first save doesn't take the place of one that was saved
@@ -303,15 +304,14 @@ def test_resume_takes_its_shape_from_the_checkpoint(trained, char_data):
     assert 'block_size=64 is larger than the 32' in err
 
 
-def test_resume_with_a_shorter_context(trained, char_data, tmp_path):
+def test_a_run_cannot_continue_with_a_shorter_context(trained, char_data, tmp_path):
     shutil.copy(os.path.join(trained, 'ckpt.pt'), tmp_path)
+    before = (tmp_path / 'ckpt.pt').read_bytes()
     args = [*TINY, f'--dataset={char_data}', f'--out_dir={tmp_path}', '--init_from=resume',
             '--block_size=16', '--max_iters=62']
-    assert 'iter 61: loss' in run('train.py', *args).stdout
-    state = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
-    assert state['model_args']['block_size'] == 16
-    assert state['model']['transformer.wpe.weight'].shape == (16, 32)
-    assert state['optimizer']['state'][1]['exp_avg'].shape == (16, 32)
+    assert 'use --block_size=32' in run('train.py', *args, ok=False).stderr
+    assert 'val loss' in run('train.py', *args, '--eval_only').stdout  # which saves nothing
+    assert (tmp_path / 'ckpt.pt').read_bytes() == before
 
 
 def test_data_of_another_vocabulary_is_refused(trained, char_data, tmp_path):
@@ -341,9 +341,11 @@ def test_data_of_another_vocabulary_is_refused(trained, char_data, tmp_path):
         ids = np.fromfile(os.path.join(char_data, 'train.bin'), dtype=np.uint16)
         ids[place:place + 5000] = 999
         ids.tofile(folder / 'train.bin')
-        err = run_here('train.py', *TINY, f'--dataset={folder}', f'--out_dir={folder / "out"}',
-                       '--max_iters=3', ok=False).stderr
-        assert 'token id 999' in err and 'train.bin' in err
+        out = run_here('train.py', *TINY, f'--dataset={folder}', f'--out_dir={folder / "out"}',
+                       '--max_iters=3', ok=None)
+        warning, error = out.stderr.splitlines()
+        assert 'was written with other .bin files: train.bin' in warning and out.returncode == 1
+        assert error.startswith('error: ') and 'token id 999' in error and 'train.bin' in error
 
 
 @pytest.mark.parametrize('log_interval', [1, 4])
