@@ -1,6 +1,7 @@
 """
 What the prepare scripts share: getting a text, and writing its token ids as a dataset's files.
 """
+import contextlib
 import hashlib
 import http.client
 import os
@@ -11,7 +12,8 @@ import urllib.request
 import numpy as np
 from tqdm import tqdm
 
-from runtime.console import ROOT, fail, make_folder, shorten_path
+from runtime.console import fail, format_script, make_folder, shorten, shorten_path
+from runtime.files import fingerprint, flush, replace
 from runtime.tokenizer import read_text
 
 SHAKESPEARE_URL = (
@@ -46,7 +48,8 @@ def download(url, sha256, path, tries=3, timeout=30):
     if digest != sha256:
         fail(f'the file from {url} has the SHA-256 {digest}, not {sha256}',
              'try again later; the file was not saved')
-    write_atomically(path, content)
+    with replace(path) as f:
+        f.write(content)
 
 
 def fetch(url, name, timeout):
@@ -59,13 +62,6 @@ def fetch(url, name, timeout):
                 content += piece
                 bar.update(len(piece))
     return content
-
-
-def write_atomically(path, content):
-    """Writes bytes to a temporary file and renames it to path, so path is never incomplete."""
-    with open(path + '.tmp', 'wb') as f:
-        f.write(content)
-    os.replace(path + '.tmp', path)
 
 
 def make_meta(text):
@@ -89,36 +85,58 @@ def encode_chars(text, meta):
     return table[codes]
 
 
-def write_splits(folder, train_ids, val_ids, meta, start_time, train_args):
+@contextlib.contextmanager
+def replace_dataset(folder, meta):
+    """Opens {'train': file, 'val': file} for the ids of a dataset, which take their place together.
+
+    If anything fails the folder keeps the dataset that it has. meta.pkl gets the fingerprints of
+    the .bin files, so that training can tell whether they belong together.
+    """
+    meta_path = os.path.join(folder, 'meta.pkl')
+    with contextlib.ExitStack() as stack:
+        files = {split: stack.enter_context(replace(os.path.join(folder, f'{split}.bin')))
+                 for split in ('train', 'val')}
+        if meta:
+            meta_file = stack.enter_context(replace(meta_path))  # it takes its place first
+        yield files
+        for f in files.values():
+            flush(f)
+        if meta:
+            bins = {split: fingerprint(f.name) for split, f in files.items()}
+            pickle.dump({**meta, 'bins': bins}, meta_file)
+            flush(meta_file)
+    if not meta:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(meta_path)  # of an earlier dataset of characters
+
+
+def write_splits(folder, train_ids, val_ids, meta, start_time, config_file, **flags):
     """Writes train.bin, val.bin and meta.pkl to the folder, and prints a summary.
 
-    meta is None for GPT-2's BPE, which has no meta.pkl. train_args are the arguments of train.py
-    that train on this dataset.
+    meta is None for GPT-2's BPE, which has no meta.pkl. With config_file and flags train.py trains
+    on this dataset.
     """
     if min(len(train_ids), len(val_ids)) == 0:
         fail(f'the text gives {len(train_ids)} training and {len(val_ids)} validation tokens',
              'use a longer text')
     make_folder(folder)
-    meta_path = os.path.join(folder, 'meta.pkl')
-    dtype = '<u2'
+    dtype = '<u4' if meta and meta.get('dtype') == 'uint32' else '<u2'
+    contents = {'train': np.asarray(train_ids, dtype), 'val': np.asarray(val_ids, dtype)}
+    with replace_dataset(folder, meta) as files:
+        for split, ids in contents.items():
+            files[split].write(ids)
+    for split, ids in contents.items():
+        print(f'{split}.bin: {len(ids):,} tokens, {ids.nbytes:,} bytes')
     if meta:
-        write_atomically(meta_path, pickle.dumps(meta))
-        if meta.get('dtype') == 'uint32':
-            dtype = '<u4'
-    elif os.path.exists(meta_path):
-        os.remove(meta_path)  # from an earlier dataset of characters in this folder
-    for split, ids in (('train', train_ids), ('val', val_ids)):
-        content = np.asarray(ids).astype(dtype).tobytes()
-        write_atomically(os.path.join(folder, f'{split}.bin'), content)
-        print(f'{split}.bin: {len(ids):,} tokens, {len(content):,} bytes')
-    if meta:
-        print(f'vocabulary: {meta["vocab_size"]} characters: {"".join(meta["stoi"])!r}')
+        characters = shorten(''.join(meta['stoi']), 200)
+        print(f'vocabulary: {meta["vocab_size"]} characters: {characters!r}')
     else:
         print('vocabulary: GPT-2 BPE, 50,257 tokens')
     print(f'written to {shorten_path(folder)} in {time.time() - start_time:.1f} s')
-    print_next_step(train_args)
+    print_next_step(config_file, **flags)
 
 
-def print_next_step(train_args):
-    """Prints the command that trains on the dataset."""
-    print(f'train on it: python {shorten_path(os.path.join(ROOT, "train.py"))} {train_args}')
+def print_next_step(config_file, **flags):
+    """Prints the command that trains on the dataset. Flags without a value are left out."""
+    words = [f'--{name}={value}' for name, value in flags.items() if value]
+    print(f'train on it: {format_script("train.py", config_file, *words)}')

@@ -78,17 +78,15 @@ def tokenize_parts(documents, name):
     return datasets.concatenate_datasets(parts)
 
 
-def write_bin(path, tokenized):
-    """Writes all token ids to path, and returns how many. path is never incomplete."""
+def write_ids(f, tokenized):
+    """Writes all token ids to the file, and returns how many."""
     num_tokens = 0
     tables = tokenized.with_format('arrow').iter(1000)
-    description = f'writing {os.path.basename(path)}'
-    with open(path + '.tmp', 'wb') as f:
-        for table in tqdm(tables, desc=description, unit='kdoc', disable=None):
-            ids = table['ids'].combine_chunks().flatten().to_numpy()
-            ids.astype('<u2').tofile(f)
-            num_tokens += len(ids)
-    os.replace(path + '.tmp', path)
+    description = f'writing {os.path.basename(f.name.removesuffix(".tmp"))}'
+    for table in tqdm(tables, desc=description, unit='kdoc', disable=None):
+        ids = table['ids'].combine_chunks().flatten().to_numpy()
+        f.write(ids.astype('<u2'))
+        num_tokens += len(ids)
     return num_tokens
 
 
@@ -105,15 +103,12 @@ if __name__ == '__main__':  # worker processes may import this file again
         fail(f'{input} has {len(documents)} documents',
              'at least two are needed, one for each split')
     splits = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
-    for split, name in (('train', 'train'), ('test', 'val')):
-        tokenized = tokenize_parts(splits[split], name)
-        num_tokens = write_bin(os.path.join(folder, f'{name}.bin'), tokenized)
-        print(f'{name}.bin: {len(splits[split]):,} documents, {num_tokens:,} tokens, '
-              f'{2 * num_tokens:,} bytes')
+    with corpus.replace_dataset(folder, None) as files:
+        for split, name in (('train', 'train'), ('test', 'val')):
+            num_tokens = write_ids(files[name], tokenize_parts(splits[split], name))
+            print(f'{name}.bin: {len(splits[split]):,} documents, {num_tokens:,} tokens, '
+                  f'{2 * num_tokens:,} bytes')
     print('vocabulary: GPT-2 BPE, 50,257 tokens')
     seconds = time.time() - start_time
     print(f'written to {shorten_path(folder)} in {seconds:.1f} s by {processes} processes')
-    train_args = 'config/train_gpt2.py'
-    if out_dir:
-        train_args += f' --dataset={out_dir}'
-    corpus.print_next_step(train_args)
+    corpus.print_next_step('config/train_gpt2.py', dataset=out_dir)

@@ -63,8 +63,5 @@ print(f'text: {num_files} files, {num_chars:,} characters of Python {version}')
 meta = corpus.make_meta(train_text + val_text)
 train_ids = corpus.encode_chars(train_text, meta)
 val_ids = corpus.encode_chars(val_text, meta)
-train_args = 'config/train_python_char.py'
-if out_dir:
-    train_args += f' --dataset={out_dir}'
 corpus.write_splits(out_dir or os.path.dirname(os.path.abspath(__file__)), train_ids, val_ids,
-                    meta, start_time, train_args)
+                    meta, start_time, 'config/train_python_char.py', dataset=out_dir)

@@ -25,7 +25,5 @@ split = int(0.9 * len(text))  # the text is split, not its tokens, so no token s
 encode = GPT2Tokenizer().encode_ordinary
 train_ids = encode(text[:split])
 val_ids = encode(text[split:])
-train_args = 'config/finetune_shakespeare_gpt2.py'
-if out_dir:
-    train_args += f' --dataset={out_dir}'
-corpus.write_splits(out_dir or folder, train_ids, val_ids, None, start_time, train_args)
+corpus.write_splits(out_dir or folder, train_ids, val_ids, None, start_time,
+                    'config/finetune_shakespeare_gpt2.py', dataset=out_dir)

@@ -23,8 +23,6 @@ print(f'text: {len(text):,} characters')
 meta = corpus.make_meta(text)
 ids = corpus.encode_chars(text, meta)
 split = int(0.9 * len(ids))
-train_args = 'config/train_shakespeare_char_cpu.py'
-if out_dir:
-    train_args += f' --dataset={out_dir}'
-train_args += ', with a GPU config/train_shakespeare_char.py'
-corpus.write_splits(out_dir or folder, ids[:split], ids[split:], meta, start_time, train_args)
+corpus.write_splits(out_dir or folder, ids[:split], ids[split:], meta, start_time,
+                    'config/train_shakespeare_char_cpu.py', dataset=out_dir)
+print('with a GPU use config/train_shakespeare_char.py')
