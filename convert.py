@@ -8,12 +8,15 @@ The first line makes a folder that transformers loads from a checkpoint. The sec
 checkpoint from such a folder, without optimizer state. train.py and sample.py also take the folder
 as it is: --init_from=my-gpt2.
 """
+import json
 import math
 import os
+import shlex
 
 from model import GPT, GPTConfig
-from runtime import checkpoint, huggingface, restore
-from runtime.console import ROOT, fail, make_folder, say, shorten_path
+from runtime import checkpoint, export, huggingface, restore
+from runtime.console import ROOT, fail, format_script, make_folder, say
+from runtime.run_dir import RunDir
 
 # input and output
 to = 'hf'  # hf (checkpoint in out_dir -> hf_dir) | native (hf_dir -> checkpoint in out_dir)
@@ -28,19 +31,21 @@ if to == 'hf':
     if os.path.isfile(hf_dir) or os.path.isdir(hf_dir) and os.listdir(hf_dir):
         fail(f'{hf_dir} is not an empty folder', 'name a new one with --hf_dir')
     state, path = checkpoint.load_best(out_dir)
-    meta = checkpoint.find_meta(state, out_dir, path)
+    meta = checkpoint.find_meta(state, path)
     dropout = state['model_args'].get('dropout', 0.0)
     model = restore.build_model(GPT, GPTConfig, state, path, dropout)
     del state  # the export needs a second copy of the weights, and this would be a third one
-    huggingface.write_folder(model, hf_dir, meta)
+    export.write_folder(model, hf_dir, meta)
     prompt = 'A'
     if meta and 'A' not in meta['stoi']:
         prompt = min(meta['stoi'])
     # a pipeline would generate 256 tokens, and this format has no more than block_size positions
     max_new_tokens = max(1, min(100, model.config.block_size - 1))
-    say(f'exported {path} to {hf_dir}; try it: python -c "from transformers import pipeline; '
-        f"print(pipeline('text-generation', {hf_dir!r})({prompt!r}, "
-        f'max_new_tokens={max_new_tokens}))"')
+    folder, prompt = json.dumps(hf_dir), json.dumps(prompt)
+    code = ('from transformers import pipeline; '
+            f'print(pipeline("text-generation", {folder})({prompt}, '
+            f'max_new_tokens={max_new_tokens}))')
+    say(f'exported {path} to {hf_dir}; try it: {shlex.join(["python", "-c", code])}')
 else:
     if checkpoint.exists(out_dir):
         fail(f'{out_dir} already has a checkpoint', 'name a new folder with --out_dir')
@@ -50,8 +55,10 @@ else:
     model = GPT.from_pretrained(hf_dir)
     meta = huggingface.read_characters(hf_dir)
     make_folder(out_dir)
+    run_dir = RunDir(out_dir)  # no run may be writing there
     state = dict(model=model.state_dict(), iter_num=0, best_val_loss=math.inf, config={},
                  **checkpoint.describe(model.config, meta))
     path = checkpoint.save(state, out_dir)
-    script = shorten_path(os.path.join(ROOT, 'sample.py'))
-    say(f'converted {hf_dir} to {path}; sample from it: python {script} --out_dir={out_dir}')
+    run_dir.close()
+    say(f'converted {hf_dir} to {path}; sample from it: '
+        f'{format_script("sample.py", f"--out_dir={out_dir}")}')

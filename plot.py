@@ -11,7 +11,8 @@ import os
 
 import numpy as np
 
-from runtime.console import ROOT, fail, say
+from runtime.console import ROOT, fail, get_first_line, say
+from runtime.files import is_file
 
 # input and output
 runs = 'out'  # the out_dir of one or more runs, separated by commas
@@ -21,31 +22,53 @@ if __name__ == '__main__':
     exec(open(os.path.join(ROOT, 'configurator.py'), encoding='utf-8').read())
 
 
+NUMBER = int, float
+# the values that an event must have, by kind
+KEYS = {'iter': dict(iter=int, ms=NUMBER, lr=NUMBER, loss=(*NUMBER, type(None)),
+                     grad_norm=(*NUMBER, type(None))),
+        'eval': {'iter': int, 'train/loss': NUMBER, 'val/loss': NUMBER}}
+
+
+def is_complete(event):
+    """Whether an event has what is drawn of it."""
+    kinds = KEYS[event['event']]
+    return all(isinstance(event.get(key), kinds[key]) for key in kinds) and event.get('ms', 1) > 0
+
+
 def read_metrics(out_dir):
     """The events in out_dir/metrics.jsonl: a list of iterations and a list of evaluations.
 
     Each event has the tokens_per_iter of its run. When a run was resumed, its events replace the
-    earlier ones from that iteration on. Lines that a crash cut off are skipped.
+    earlier ones from that iteration on. Lines that a crash cut off are skipped. ValueError if
+    nothing can be drawn.
     """
     events = {'iter': {}, 'eval': {}}  # of each kind, by iteration
     run_begins = False
+    tokens_per_iter = None
     with open(os.path.join(out_dir, 'metrics.jsonl'), encoding='utf-8') as f:
         for line in f:
             try:
-                event = json.loads(line)
-            except ValueError:
+                event = dict(json.loads(line))
+            except (RecursionError, TypeError, ValueError):
                 continue
-            if event['event'] == 'run':
+            kind = event.get('event')
+            if tokens_per_iter is None and kind != 'run':
+                raise ValueError('its first line is not that of a run')
+            if kind == 'run':
                 run_begins = True
                 config = event['config']
                 sequences = config['gradient_accumulation_steps'] * config['batch_size']
                 tokens_per_iter = sequences * config['block_size']
                 continue
+            if kind not in KEYS or not is_complete(event):  # somebody's own
+                continue
             if run_begins:
                 run_begins = False
-                for kind in events:
-                    events[kind] = {i: e for i, e in events[kind].items() if i < event['iter']}
-            events[event['event']][event['iter']] = dict(event, tokens_per_iter=tokens_per_iter)
+                for name in events:
+                    events[name] = {i: e for i, e in events[name].items() if i < event['iter']}
+            events[kind][event['iter']] = dict(event, tokens_per_iter=tokens_per_iter)
+    if not events['iter'] and not events['eval']:
+        raise ValueError('it has no iterations yet')
     return [[events[kind][i] for i in sorted(events[kind])] for kind in ('iter', 'eval')]
 
 
@@ -106,8 +129,13 @@ if __name__ == '__main__':
     if x not in ('iter', 'tokens', 'seconds'):
         fail(f'x={x!r} is not known', 'use iter, tokens or seconds')
     for folder in folders or ['']:
-        if not os.path.isfile(os.path.join(folder, 'metrics.jsonl')):
+        if not is_file(os.path.join(folder, 'metrics.jsonl')):
             fail(f'{folder!r} has no metrics.jsonl', 'name the out_dir of a run with --runs')
+        try:
+            read_metrics(folder)
+        except (KeyError, TypeError, ValueError) as e:
+            fail(f'metrics.jsonl in {folder} cannot be drawn ({get_first_line(e)})',
+                 'name the out_dir of another run with --runs')
     png = png or os.path.join(folders[0], 'loss.png')
     try:
         draw(folders, png, x)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from conftest import ROOT, TINY, metrics, run
 
-from runtime import checkpoint, huggingface, kernels
+from runtime import checkpoint, export, kernels
 from runtime.dataset import DataOrder, list_eval_batches, open_bin
 from runtime.tokenizer import get_tokenizer, read_meta
 
@@ -222,7 +222,7 @@ def check_export(folder, plain, exports):
     hf_dir = os.path.join(folder, 'hf')
     model = plain.model.eval()
     try:
-        huggingface.write_folder(model, hf_dir, plain.meta)
+        export.write_folder(model, hf_dir, plain.meta)
     except SystemExit:
         assert not exports and not os.path.exists(hf_dir)
         return

@@ -1,10 +1,13 @@
 """convert.py in both directions, and finetuning and sampling from a folder for transformers."""
 import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import TINY, metrics, run
+from conftest import TINY, Process, has_iterations, metrics, run, wait_until
 from edits import Sources
 from test_huggingface import (
     EMBEDDINGS,
@@ -189,3 +192,23 @@ def test_finetuning_in_little_memory_still_learns(tmp_path, char_data, trained):
         assert last < first - 0.01
     assert curves['low'] != curves['full']
     assert max(abs(a - b) for a, b in zip(*curves.values())) < 0.002
+
+
+def test_nothing_is_converted_into_the_folder_of_a_run(tmp_path, trained, char_data):
+    hf_dir, folder = tmp_path / "it's $HOME", tmp_path / 'run'
+    run('convert.py', f'--out_dir={trained}', f'--hf_dir={hf_dir}')
+    process = Process('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={folder}',
+                      '--max_iters=1000000', '--eval_interval=1000000')
+    wait_until(has_iterations(folder, 1), process)
+    err = run('convert.py', '--to=native', f'--hf_dir={hf_dir}', f'--out_dir={folder}',
+              ok=False).stderr
+    assert 'is writing to it' in err and not (folder / 'ckpt.pt').exists()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_the_hint_works_for_any_name(tmp_path, trained):
+    out = run('convert.py', f'--out_dir={trained}', f"--hf_dir={tmp_path}/it's a $HOME").stdout
+    command = out.partition('try it: ')[2].replace('python', sys.executable, 1)
+    out = subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout
+    assert 'generated_text' in out

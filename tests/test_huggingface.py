@@ -2,17 +2,20 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import FAST, ROOT, TINY, expect_error, run
+from safetensors.torch import load_file, save_file
 from test_originals import load_edited
 
 import model as model_py
 from model import GPT
 from runtime import checkpoint, huggingface
+from runtime.export import write_folder
 
 
 def save_gpt2(folder, dtype=torch.float32, shard='1GB', **options):
@@ -141,7 +144,7 @@ def test_damaged_weights_are_refused(tmp_path, capsys):
     path.unlink()
     with pytest.raises(SystemExit):
         GPT.from_pretrained(str(tmp_path))
-    assert 'has no .safetensors file' in capsys.readouterr().err
+    assert 'has no model.safetensors' in capsys.readouterr().err
 
 
 def test_without_the_hub_one_line_says_so(tmp_path):
@@ -243,7 +246,7 @@ def test_ids_that_are_not_numbered_from_0(tmp_path, ids):
     stoi = dict(zip('Abc', ids))
     meta = dict(vocab_size=max(ids) + 1, stoi=stoi, itos=dict(zip(ids, 'Abc')))
     model, folder = make_ours(vocab_size=16), str(tmp_path / 'hf')
-    huggingface.write_folder(model, folder, meta)
+    write_folder(model, folder, meta)
     hf = load(folder)
     assert hf.config.vocab_size == max(ids) + 1 and equal_to(hf, model, max(ids) + 1)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -254,7 +257,7 @@ def test_ids_that_are_not_numbered_from_0(tmp_path, ids):
 @pytest.mark.parametrize('ids', [(0, 1, 2), (1, 2, 3), (0, 4, 9)])
 def test_our_own_tables_of_characters_are_read_back(tmp_path, ids):
     meta = dict(vocab_size=max(ids) + 1, stoi=dict(zip('Abc', ids)), itos=dict(zip(ids, 'Abc')))
-    huggingface.write_folder(make_ours(vocab_size=16), str(tmp_path / 'hf'), meta)
+    write_folder(make_ours(vocab_size=16), str(tmp_path / 'hf'), meta)
     assert huggingface.read_characters(str(tmp_path / 'hf')) == meta
 
 
@@ -279,7 +282,7 @@ def test_another_tokenizer_is_refused(tmp_path, bpe):
     table['model']['vocab'] = dict(zip(words, range(1, len(words) + 1)))
     path.write_text(json.dumps(table))
     err = run('sample.py', f'--init_from={tmp_path / "hf"}', ok=False).stderr
-    assert "it is not GPT-2's BPE either" in err
+    assert "it is not GPT-2's BPE" in err
 
 
 # -----------------------------------------------------------------------------
@@ -296,7 +299,7 @@ def test_another_tokenizer_is_refused(tmp_path, bpe):
     (dict(vocab_size=2, stoi={'a': 0}, itos={0: 'a', 1: '?'}), 'one character for each')])
 def test_a_vocabulary_that_the_format_cannot_express_is_refused(tmp_path, capsys, meta, words):
     model = make_ours(vocab_size=2)
-    line = expect_error(capsys, huggingface.write_folder, model, str(tmp_path / 'hf'), meta)
+    line = expect_error(capsys, write_folder, model, str(tmp_path / 'hf'), meta)
     assert words in line and not os.listdir(tmp_path)
 
 
@@ -383,7 +386,7 @@ def load(folder):
 def test_a_model_that_computes_something_else_is_refused(tmp_path, monkeypatch, capsys, edit):
     model = make_edited(tmp_path, monkeypatch, OTHERS[edit], bias=False).train()
     folder = tmp_path / 'new' / 'hf'
-    line = expect_error(capsys, huggingface.write_folder, model, str(folder), META)
+    line = expect_error(capsys, write_folder, model, str(folder), META)
     assert 'in transformers the logits differ by ' in line and 'share the checkpoint' in line
     assert not os.listdir(tmp_path)
 
@@ -395,14 +398,14 @@ def test_an_end_of_text_that_is_a_border_is_noticed(tmp_path, monkeypatch, capsy
     edits = [(EMBEDDINGS, 'x = x * (idx != 2999).float()[..., None]')]
     module = load_edited(tmp_path / 'edited_model.py', monkeypatch, *edits)
     model = make_ours(module, vocab_size=3000)
-    line = expect_error(capsys, huggingface.write_folder, model, str(tmp_path / 'hf'), meta)
+    line = expect_error(capsys, write_folder, model, str(tmp_path / 'hf'), meta)
     assert 'in transformers the logits differ by ' in line
 
 
 @pytest.mark.parametrize('edit', SAME)
 def test_an_edit_that_computes_the_same_is_exported(tmp_path, monkeypatch, edit):
     model = make_edited(tmp_path, monkeypatch, SAME[edit], bias=False, dropout=0.5).train()
-    huggingface.write_folder(model, str(tmp_path / 'hf'), META)
+    write_folder(model, str(tmp_path / 'hf'), META)
     hf = load(tmp_path / 'hf')
     assert os.listdir(tmp_path) == ['hf'] and hf.config.vocab_size == 16
     x = torch.randint(16, (2, 32))
@@ -432,7 +435,7 @@ WEIGHTS = {
 @pytest.mark.parametrize('words', WEIGHTS)
 def test_weights_that_gpt2_does_not_have_are_refused(tmp_path, monkeypatch, capsys, words):
     model = make_edited(tmp_path, monkeypatch, WEIGHTS[words], bias=True)
-    line = expect_error(capsys, huggingface.write_folder, model, str(tmp_path / 'hf'), META)
+    line = expect_error(capsys, write_folder, model, str(tmp_path / 'hf'), META)
     assert line.startswith("error: GPT-2's format cannot express ") and words in line
     assert not os.listdir(tmp_path)
 
@@ -440,21 +443,21 @@ def test_weights_that_gpt2_does_not_have_are_refused(tmp_path, monkeypatch, caps
 def test_another_activation_in_the_config_is_refused(tmp_path, capsys):
     model = make_ours(vocab_size=20)
     model.config.gelu = 'relu'
-    line = expect_error(capsys, huggingface.write_folder, model, str(tmp_path / 'hf'), META)
+    line = expect_error(capsys, write_folder, model, str(tmp_path / 'hf'), META)
     assert "GPT-2's format cannot express gelu=relu" in line
 
 
 def test_an_output_layer_with_its_own_weights_is_refused(tmp_path, capsys):
     model = make_ours(vocab_size=20)
     model.lm_head.weight = torch.nn.Parameter(torch.randn(20, 48))
-    line = expect_error(capsys, huggingface.write_folder, model, str(tmp_path / 'hf'), META)
+    line = expect_error(capsys, write_folder, model, str(tmp_path / 'hf'), META)
     assert 'in transformers the logits differ by ' in line
 
 
 def test_logits_that_are_not_numbers_are_refused(tmp_path, capsys):
     model = make_ours(vocab_size=20)
     model.transformer.ln_f.weight.data.fill_(float('nan'))
-    line = expect_error(capsys, huggingface.write_folder, model, str(tmp_path / 'hf'), META)
+    line = expect_error(capsys, write_folder, model, str(tmp_path / 'hf'), META)
     assert 'in transformers the logits differ by nan' in line and not os.listdir(tmp_path)
 
 
@@ -463,7 +466,7 @@ def test_an_error_in_the_model_leaves_nothing_behind(tmp_path, monkeypatch):
     model = make_edited(tmp_path, monkeypatch, edits)
     (tmp_path / 'hf').mkdir()
     with pytest.raises(RuntimeError, match='my mistake'):
-        huggingface.write_folder(model, str(tmp_path / 'hf'), META)
+        write_folder(model, str(tmp_path / 'hf'), META)
     assert os.listdir(tmp_path) == ['hf'] and not os.listdir(tmp_path / 'hf')
 
 
@@ -472,7 +475,7 @@ def test_a_config_with_only_nanogpts_fields(tmp_path):
     fields = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
     values = {name: getattr(model.config, name) for name in fields}
     model.config = type('Config', (), values)()  # vars() of it is empty
-    huggingface.write_folder(model, str(tmp_path / 'hf'), META)
+    write_folder(model, str(tmp_path / 'hf'), META)
     assert equal_to(load(tmp_path / 'hf'), model, 16)
 
 
@@ -480,11 +483,11 @@ CHEAP = '''
 import sys
 import torch
 from model import GPT, GPTConfig
-from runtime import huggingface
+from runtime.export import write_folder
 model = GPT(GPTConfig(8, 4, 1, 1, 8))
 model.scale = torch.nn.Parameter(torch.ones(()))
 try:
-    huggingface.write_folder(model, sys.argv[1], dict(vocab_size=1, stoi={'a': 0}, itos={0: 'a'}))
+    write_folder(model, sys.argv[1], dict(vocab_size=1, stoi={'a': 0}, itos={0: 'a'}))
 finally:
     print('transformers' in sys.modules)
 '''
@@ -500,18 +503,18 @@ WRITING_MEMORY = '''
 import sys, torch
 from transformers import GPT2LMHeadModel
 from model import GPT, GPTConfig
-from runtime import huggingface
+from runtime.export import write_folder
 def status(key):
     for line in open('/proc/self/status'):
         if line.startswith(key):
             return int(line.split()[1]) * 1024
 stoi = {chr(1000 + i): i for i in range(30000)}
 meta = dict(vocab_size=30000, stoi=stoi, itos={i: c for c, i in stoi.items()})
-huggingface.write_folder(GPT(GPTConfig(8, 30000, 1, 1, 8)), sys.argv[1] + '/small', meta)
+write_folder(GPT(GPTConfig(8, 30000, 1, 1, 8)), sys.argv[1] + '/small', meta)
 model = GPT(GPTConfig(16, 30000, 8, 16, 1024))
 before = status('VmRSS')
 open('/proc/self/clear_refs', 'w').write('5')  # resets the peak
-huggingface.write_folder(model, sys.argv[1] + '/large', meta)
+write_folder(model, sys.argv[1] + '/large', meta)
 print((status('VmHWM') - before) / (4 * model.get_num_params(False)))
 '''
 
@@ -522,3 +525,70 @@ def test_writing_takes_the_memory_of_a_second_copy(tmp_path):
     out = subprocess.run([sys.executable, '-c', WRITING_MEMORY, str(tmp_path)], cwd=ROOT,
                          capture_output=True, text=True, check=True)
     assert 0.9 < float(out.stdout) < 1.3, out.stdout
+
+
+# -----------------------------------------------------------------------------
+# which files are read
+def rename_weights(folder, name, scale=1.0):
+    """Writes the folder's weights, times this scale, to another file in it."""
+    weights = load_file(os.path.join(folder, 'model.safetensors'))
+    save_file({key: scale * w for key, w in weights.items()},
+                                os.path.join(folder, name), metadata={'format': 'pt'})
+
+
+@pytest.mark.parametrize('name', ['model_old.safetensors', 'a.safetensors', 'z.safetensors',
+                                  'model-00001-of-00001.safetensors', 'adapter_model.safetensors'])
+def test_a_backup_next_to_the_weights_is_not_read(tmp_path, name):
+    folder = str(tmp_path / 'hf')
+    model = make_ours(vocab_size=16)
+    write_folder(model, folder, META)
+    rename_weights(folder, name, scale=0.5)
+    ours = GPT.from_pretrained(folder)
+    x = torch.randint(16, (2, 8))
+    with torch.no_grad():
+        assert torch.allclose(ours.eval()(x)[0], load(folder)(x).logits[:, -1:], atol=1e-4)
+    os.remove(os.path.join(folder, 'model.safetensors'))  # now there is nothing that it would read
+    with pytest.raises(SystemExit):
+        GPT.from_pretrained(folder)
+
+
+def test_the_files_that_an_index_names_are_read(tmp_path, capsys):
+    folder = tmp_path / 'hf'
+    model = make_ours(vocab_size=16)
+    write_folder(model, str(folder), META)
+    load(str(folder)).save_pretrained(folder, max_shard_size='30KB')
+    (folder / 'model.safetensors').unlink(missing_ok=True)
+    parts = sorted(path.name for path in folder.glob('model-*.safetensors'))
+    assert len(parts) > 2
+    shutil.copy(folder / parts[0], folder / 'model-00000-of-00009.safetensors')
+    x = torch.randint(16, (2, 8))
+    with torch.no_grad():
+        ours = GPT.from_pretrained(str(folder)).eval()(x)[0]
+        assert torch.allclose(ours, load(str(folder))(x).logits[:, -1:], atol=1e-4)
+    path = folder / 'model.safetensors.index.json'
+    index = json.loads(path.read_text())
+    other_part = next(p for p in parts if p != index['weight_map']['transformer.wte.weight'])
+    for weight_map in ({}, [], {'transformer.wte.weight': '../hf/nothing'},
+                       {key: 3 for key in index['weight_map']},
+                       {**index['weight_map'], 'transformer.wte.weight': other_part}):
+        path.write_text(json.dumps({'weight_map': weight_map}))
+        line = expect_error(capsys, GPT.from_pretrained, str(folder))
+        assert str(folder) in line
+    (folder / parts[1]).unlink()
+    path.write_text(json.dumps(index))
+    assert parts[1] in expect_error(capsys, GPT.from_pretrained, str(folder))
+
+
+def test_a_folder_with_another_bpe_in_the_older_form_is_refused(tmp_path, bpe, capsys):
+    folder = tmp_path / 'hf'
+    write_folder(make_ours(), str(folder))
+    table = json.loads((folder / 'tokenizer.json').read_text(encoding='utf-8'))
+    (folder / 'tokenizer.json').unlink()
+    assert huggingface.read_characters(str(folder)) is None  # OpenAI's first upload has no table
+    vocab = table['model']['vocab']
+    (folder / 'vocab.json').write_text(json.dumps(vocab))
+    assert huggingface.read_characters(str(folder)) is None
+    for content in (json.dumps({word: i + 1 for word, i in vocab.items()}), '[]', '{', '[' * 9999):
+        (folder / 'vocab.json').write_text(content)
+        line = expect_error(capsys, huggingface.read_characters, str(folder))
+        assert "vocab.json is not GPT-2's" in line

@@ -90,3 +90,27 @@ def test_the_script(two_runs):
                          ([f'--png={two_runs}'], 'cannot be written')):
         args = [f'--runs={two_runs / "a"}', *flags]
         assert words in run_here('plot.py', *args, ok=False).stderr
+
+
+def test_lines_that_are_not_a_runs_own_are_skipped(two_runs):
+    before = plot.read_metrics(two_runs / 'a')
+    own_lines = ['{"event": "note", "text": "x"}', '{"event": "iter", "iter": 50}', '[' * 99999,
+                 '{"event": "iter", "iter": 50, "ms": 0, "lr": 1, "loss": 1, "grad_norm": 1}',
+                 '{"event": "eval", "iter": 50, "train/loss": "x", "val/loss": 1}', '5', '{}']
+    with open(two_runs / 'a' / 'metrics.jsonl', 'a') as f:
+        f.write('\n' + '\n'.join(own_lines))
+    assert plot.read_metrics(two_runs / 'a') == before
+
+
+RUN = json.dumps(dict(event='run', config=dict(gradient_accumulation_steps=1, batch_size=1,
+                                               block_size=1)))
+
+
+@pytest.mark.parametrize('content', [
+    b'', b'not JSON\n', b'\xff\xfe\x00', b'3\n[]\n"x"\n', b'{"event": "iter", "iter": 3}\n',
+    RUN.encode(), b'{"event": "run"}\n', b'{"event": "run", "config": {}}\n',
+    RUN.encode() + b'\n{"event": "iter"}\n', RUN.encode() + b'\n{"event": "other", "iter": 1}\n'])
+def test_metrics_that_cannot_be_drawn_are_one_line(tmp_path, content):
+    (tmp_path / 'metrics.jsonl').write_bytes(content)
+    assert str(tmp_path) in run_here('plot.py', f'--runs={tmp_path}', ok=False).stderr
+    assert not (tmp_path / 'loss.png').exists()
