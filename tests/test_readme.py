@@ -137,9 +137,11 @@ def test_links_lead_somewhere(page):
 
 def test_what_is_where():
     block = re.search(r'## What is where\s+```\n(.*?)```', read(), re.S).group(1)
-    named = [line.split()[0] for line in block.splitlines()]
-    for path in named:
-        assert os.path.exists(os.path.join(ROOT, path)), path
+    named = []
+    for pattern in (line.split()[0] for line in block.splitlines()):
+        paths = glob.glob(os.path.join(ROOT, pattern))
+        assert paths, pattern
+        named += [os.path.relpath(path, ROOT) for path in paths]
     patterns = (('*.py',), ('*.ipynb',), ('runtime', '[!_]*.py'), ('docs', '*.md'))
     there = {os.path.relpath(path, ROOT) for pattern in patterns
              for path in glob.glob(os.path.join(ROOT, *pattern))}
