@@ -28,7 +28,7 @@ from runtime.checkpoint_format import (
 from runtime.console import fail, get_first_line, note, warn
 from runtime.dataset import check_vocabulary, is_gpt2_vocabulary, locate_data
 from runtime.distributed import all_reduce_sum, is_sharded, local_tensor
-from runtime.files import check_file, flush, is_file, replace
+from runtime.files import check_file, is_file, replace
 from runtime.tokenizer import read_meta
 
 BEST = 'ckpt.pt'
@@ -65,7 +65,7 @@ def write(state, path):
     """Writes the file; an exception if something in it can't be saved, or not be read again."""
     with replace(path) as f:
         torch.save(state, f)
-        flush(f)
+        f.flush()
         check_readable(f.name)
 
 
@@ -238,11 +238,11 @@ def list_previous_runs(out_dir):
 
 def describe_previous_runs(out_dir):
     """One line about them; '' if there are none."""
-    runs = [f'{folder} ({iter_num} iterations)' for iter_num, folder in list_previous_runs(out_dir)]
+    runs = list_previous_runs(out_dir)
     if not runs:
         return ''
-    folder = shlex.quote(list_previous_runs(out_dir)[0][1])
-    return f'earlier runs are in {", ".join(runs[:5])}: use --out_dir={folder}'
+    texts = [f'{folder} ({iter_num} iterations)' for iter_num, folder in runs[:5]]
+    return f'earlier runs are in {", ".join(texts)}: use --out_dir={shlex.quote(runs[0][1])}'
 
 
 def fail_without_checkpoint(out_dir):
