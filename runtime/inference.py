@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from runtime import compiler
-from runtime.console import get_first_line, note
+from runtime.console import fail, get_first_line, note
 from runtime.kv_cache import CachedModel, can_cache, check_heads, note_once
 from runtime.originals import is_original, is_original_model, is_unchanged
 
@@ -24,6 +24,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     smallest set that has this much probability (Holtzman et al. 2019,
     https://arxiv.org/abs/1904.09751). None, 0, or 1 for top_p, draws from all. Ids from vocab_size
     on, rows that pad the embedding, are never drawn. The model sees the last block_size tokens.
+    FloatingPointError if the prompt's logits are NaN or infinite.
     use_cache: True | False | None (if it gives the same logits: see can_cache()).
     graphs: a dict, in which the CUDA graph of a step is kept for the next call.
     """
@@ -45,9 +46,12 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
                   'the other options have no effect')
         ids = own_generate(idx, max_new_tokens, temperature=temperature, top_k=top_k or None)
         yield from ids[:, idx.size(1):].split(1, dim=1)
-    else:
+        return
+    try:
         yield from draw_tokens(model, idx, max_new_tokens, temperature, top_k, top_p, vocab_size,
                                graphs=graphs)
+    except FloatingPointError as e:  # check_logits()
+        fail(str(e), 'try --dtype=float32, or an earlier checkpoint')
 
 
 def can_replace(function):
@@ -61,7 +65,7 @@ def draw_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=N
                 vocab_size=None, use_cache=None, graphs=None, static=None):
     """Yields max_new_tokens times the next token of every row of the prompt idx (B, T): (B, 1).
 
-    static: whether the KV cache is static; None: on a GPU. For the other options see generate().
+    static: whether the KV cache is static; None: on a GPU. For the rest see generate().
     """
     block_size = model.config.block_size
     idx = idx[:, -block_size:]
@@ -83,8 +87,7 @@ def draw_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=N
             if not decoder:
                 decoder = Decoder(model, size, static, options)
             decoder.cache.length = 0
-    # what a changed model does may be impossible in inference mode or in a CUDA graph. It takes as
-    # long as some steps to make a graph
+    # inference mode and CUDA graphs may break a changed model. A graph costs as much as some steps
     mode = torch.inference_mode if is_unchanged_model else torch.no_grad
     makes_graph = is_unchanged_model and idx.is_cuda and max_new_tokens > 16
     idx_next = idx
@@ -97,7 +100,10 @@ def draw_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=N
                 if decoder:
                     idx_next = decoder.draw(idx_next, makes_graph)
                 else:
-                    idx_next = sample(model(idx)[0][:, -1], *options)
+                    logits = model(idx)[0][:, -1]
+                    if idx_next is idx:  # the prompt
+                        check_logits(logits)
+                    idx_next = sample(logits, *options)
             idx = torch.cat((idx, idx_next), dim=1)[:, -block_size:]
             yield idx[:, -1:]
     finally:
@@ -118,6 +124,12 @@ def keep_graph(decoder, graphs, key):
     if key and decoder and decoder.graph:
         graphs.clear()
         graphs[key] = decoder
+
+
+def check_logits(logits):
+    """Raises FloatingPointError if the logits (B, V) aren't finite. It waits for the device."""
+    if not logits.amax(dim=-1).isfinite().all():
+        raise FloatingPointError("the model's logits are NaN or infinite")
 
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, vocab_size=None):
@@ -229,8 +241,7 @@ def pack_linears(model, rows):
 def compile_forward(model):
     """torch.compile() of the forward pass, for generation.
 
-    By default torch compiles again for each value of a number in a module. Here that is the length
-    of the KV cache, which changes with each token.
+    Without the option torch compiles again for each length of the KV cache.
     """
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
     compiler.compile_in_place(model)
@@ -255,7 +266,10 @@ class Decoder:
     def draw(self, idx_next, makes_graph):
         """The next tokens (B, 1) after the prompt (B, T) or these tokens (B, 1)."""
         if not self.cached_model.is_steady() or not (self.graph or makes_graph):
-            return sample(self.cached_model(idx_next)[:, -1], *self.options)
+            logits = self.cached_model(idx_next)[:, -1]
+            if self.cache.length == idx_next.size(1):  # the prompt
+                check_logits(logits)
+            return sample(logits, *self.options)
         with torch.cuda.device(idx_next.device):
             if not self.graph:
                 self.capture(idx_next)

@@ -205,6 +205,16 @@ def test_sampling_from_weights_that_are_not_finite_is_an_error(trained, tmp_path
     assert checkpoint.has_finite_weights(model)
 
 
+@pytest.mark.parametrize('option', ['--temperature=0', '--stream=True', '--stop=x'])
+def test_sampling_from_logits_that_are_not_finite_is_an_error(trained, tmp_path, option):
+    state = torch.load(os.path.join(trained, 'ckpt.pt'), weights_only=True)
+    state['model']['transformer.ln_f.weight'].fill_(3e38)
+    torch.save(state, tmp_path / 'ckpt.pt')
+    out = run('sample.py', f'--out_dir={tmp_path}', option, ok=None)
+    assert "\nerror: the model's logits are NaN or infinite" in out.stderr
+    assert out.returncode == 1 and 'Traceback' not in out.stderr
+
+
 @pytest.mark.parametrize('spoil, is_kept', [
     ('p.data[0] = math.nan', False), ('p.data.mul_(math.inf)', False),
     ('p.data.fill_(3e38)', True)])  # finite, with a val loss of nan

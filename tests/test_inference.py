@@ -117,6 +117,20 @@ def draw_many(n=40_000, **options):
     return tokens.flatten().bincount(minlength=5) / n
 
 
+@pytest.mark.parametrize('use_cache', [True, False])
+@pytest.mark.parametrize('length', [1, 5, 30])
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf, 3e38])
+def test_no_token_is_drawn_from_logits_that_are_not_finite(value, length, use_cache):
+    model = make_model()
+    idx = torch.zeros(2, length, dtype=torch.long)
+    for temperature in (0, 1):
+        model.generate(idx, 3, temperature, use_cache=use_cache)
+    model.transformer.ln_f.weight.data.fill_(value)
+    for temperature in (0, 1):
+        with pytest.raises(FloatingPointError):
+            model.generate(idx, 3, temperature, use_cache=use_cache)
+
+
 def test_sampling_frequencies():
     logits = torch.tensor([0.0, 1.0, 2.0, 3.0])
     best_two = torch.tensor([-math.inf, -math.inf, 2.0, 3.0])
