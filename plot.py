@@ -32,7 +32,8 @@ KEYS = {'iter': dict(iter=int, ms=NUMBER, lr=NUMBER, loss=(*NUMBER, type(None)),
 def is_complete(event):
     """Whether an event has what is drawn of it."""
     kinds = KEYS[event['event']]
-    return all(isinstance(event.get(key), kinds[key]) for key in kinds) and event.get('ms', 1) > 0
+    return (all(key in event and isinstance(event[key], kinds[key]) for key in kinds)
+            and event.get('ms', 1) > 0)
 
 
 def read_metrics(out_dir):

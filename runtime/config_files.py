@@ -65,7 +65,7 @@ def run_config_file(arg, space, own_settings, other_settings):
 
 
 def find_config_file(arg, own_settings):
-    """The path of a config file, which may be in the repository; ValueError if it is no file."""
+    """The path of a config file, which may be in the repository; ValueError if it is not a file."""
     # isfile() opens nothing, and is False for a FIFO, a device and a broken link
     path = next((p for p in (arg, os.path.join(ROOT, arg)) if os.path.isfile(p)), None)
     if path is None:

@@ -41,7 +41,7 @@ def check_ranks(config, data_id):
     dist.all_gather_object(facts_by_rank, facts)
     first_facts = facts_by_rank[0]
     for rank, facts in enumerate(facts_by_rank):
-        # somebody may import a module only on rank 0, which is no difference
+        # somebody may import a module only on rank 0, which does not matter
         differences = [f'{name} is {facts[name]} there and {value} here'
                        for name, value in first_facts.items() if facts.get(name, value) != value]
         if differences:

@@ -94,9 +94,12 @@ def test_the_script(two_runs):
 
 def test_lines_that_are_not_a_runs_own_are_skipped(two_runs):
     before = plot.read_metrics(two_runs / 'a')
-    own_lines = ['{"event": "note", "text": "x"}', '{"event": "iter", "iter": 50}', '[' * 99999,
-                 '{"event": "iter", "iter": 50, "ms": 0, "lr": 1, "loss": 1, "grad_norm": 1}',
-                 '{"event": "eval", "iter": 50, "train/loss": "x", "val/loss": 1}', '5', '{}']
+    own_lines = ['{"event": "note", "text": "x"}', '[' * 99999, '5', '{}',
+                 '{"event": "eval", "iter": 50, "train/loss": "x", "val/loss": 1}']
+    iteration = dict(event='iter', iter=50, ms=1, lr=1, loss=1, grad_norm=1)
+    own_lines += [json.dumps({**iteration, 'ms': 0})]
+    own_lines += [json.dumps({name: iteration[name] for name in iteration if name != key})
+                  for key in iteration]
     with open(two_runs / 'a' / 'metrics.jsonl', 'a') as f:
         f.write('\n' + '\n'.join(own_lines))
     assert plot.read_metrics(two_runs / 'a') == before
