@@ -331,7 +331,7 @@ while True:
 
     # once in a while: evaluate, and save a checkpoint
     if iter_num % eval_interval == 0 or last_step or eval_only:
-        machine.synchronize(device)
+        bad_steps.read(iter_num)  # waits for the device
         eval_start = time.perf_counter()
         losses = estimate_loss()
         if losses is None:

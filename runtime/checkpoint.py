@@ -6,7 +6,6 @@ it is in ckpt_last.pt.
 """
 import contextlib
 import errno
-import glob
 import os
 import pickle
 import shlex
@@ -28,12 +27,10 @@ from runtime.checkpoint_format import (
 from runtime.console import fail, get_first_line, note, warn
 from runtime.dataset import check_vocabulary, is_gpt2_vocabulary, locate_data
 from runtime.distributed import all_reduce_sum, is_sharded, local_tensor
-from runtime.files import check_file, is_file, replace
+from runtime.files import is_file, replace
+from runtime.previous_runs import BEST, LAST, describe_previous_runs, exists, read_iter_num
 from runtime.tokenizer import read_meta
 
-BEST = 'ckpt.pt'
-LAST = 'ckpt_last.pt'
-PREVIOUS = 'previous'  # previous-1, ... in out_dir are earlier runs
 KEYS = {*TYPES, 'iter_num', 'best_val_loss', 'meta', 'gelu'}  # of a checkpoint
 
 # the fields of nanoGPT's model_args
@@ -157,11 +154,6 @@ def describe(config, meta):
 
 # -----------------------------------------------------------------------------
 # reading
-def exists(out_dir):
-    """Whether out_dir has a checkpoint to resume from, or a file that should be one."""
-    return any(os.path.lexists(os.path.join(out_dir, name)) for name in (BEST, LAST))
-
-
 def choose_init_from(out_dir):
     """What init_from=auto means: resume if there is a checkpoint, else scratch.
 
@@ -216,33 +208,6 @@ def try_to_load(path):
         return load(path), path
     except ValueError as e:
         warn(str(e))
-
-
-def read_iter_num(path):
-    """The iter_num in a checkpoint, without its tensors; -1 if that can't be read."""
-    try:
-        check_file(path)
-        with zipfile.ZipFile(path) as archive:
-            return read_pickle(archive)['iter_num']
-    except Exception:  # it may have anything in it
-        return -1
-
-
-def list_previous_runs(out_dir):
-    """[(iter_num, folder)] of the earlier runs that a new one has moved, the longest first."""
-    folders = glob.glob(os.path.join(glob.escape(out_dir), PREVIOUS + '*'))
-    runs = [(max(read_iter_num(os.path.join(folder, name)) for name in (BEST, LAST)), folder)
-            for folder in folders]
-    return sorted((run for run in runs if run[0] >= 0), reverse=True)
-
-
-def describe_previous_runs(out_dir):
-    """One line about them; '' if there are none."""
-    runs = list_previous_runs(out_dir)
-    if not runs:
-        return ''
-    texts = [f'{folder} ({iter_num} iterations)' for iter_num, folder in runs[:5]]
-    return f'earlier runs are in {", ".join(texts)}: use --out_dir={shlex.quote(runs[0][1])}'
 
 
 def fail_without_checkpoint(out_dir):

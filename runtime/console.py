@@ -123,9 +123,13 @@ def format_script(name, *words):
     return shlex.join(['python', shorten_path(os.path.join(ROOT, name)), *words])
 
 
-def format_command(**flags):
-    """This program's command with these flags in place of its own, to paste into a shell."""
-    words = [word for word in sys.argv if word.removeprefix('--').partition('=')[0] not in flags]
+def format_command(argv=None, **flags):
+    """This program's command with these flags in place of its own, to paste into a shell.
+
+    argv: the words of another command in place of this program's.
+    """
+    words = [word for word in argv or sys.argv
+             if word.removeprefix('--').partition('=')[0] not in flags]
     words += [f'--{name}={value}' for name, value in flags.items()]
     return shlex.join(['python', *words])
 

@@ -104,15 +104,7 @@ def print_changes(state, config, data_id, overruled_options):
     if texts:
         say(f'since the checkpoint, settings have changed: {"; ".join(texts)}')
 
-    old_id = state.get('data')
-    if old_id:
-        data_changes = describe_changes(old_id, data_id)
-        is_same_split = old_id.get('val') == data_id['val']
-    else:  # nanoGPT's checkpoints know only the name
-        old_name = str(old_config.get('dataset', config['dataset']))
-        names = [os.path.basename(os.path.normpath(name)) for name in (old_name, config['dataset'])]
-        is_same_split = names[0] == names[1]
-        data_changes = [] if is_same_split else [f'it was {old_name}']
+    data_changes, is_same_split = compare_data(state, config, data_id)
     if not data_changes:
         return True
     text = f'the data is not that of the checkpoint: {"; ".join(data_changes)}'
@@ -120,3 +112,18 @@ def print_changes(state, config, data_id, overruled_options):
         text += '; the best val loss starts again, and ckpt.pt with it'
     warn(text)
     return is_same_split
+
+
+def compare_data(state, config, data_id):
+    """How the data differs from that of the checkpoint `state`, as a list of texts.
+
+    Also returns whether the val split is the same.
+    """
+    old_id = state.get('data')
+    if old_id:
+        return describe_changes(old_id, data_id), old_id.get('val') == data_id['val']
+    name = config['dataset']  # nanoGPT's checkpoints know only the name
+    old_name = str(state['config'].get('dataset', name))
+    if os.path.basename(os.path.normpath(old_name)) == os.path.basename(os.path.normpath(name)):
+        return [], True
+    return [f'it was {old_name}'], False

@@ -118,9 +118,10 @@ def print_end(out_dir, path, iter_num, finished, eval_only, stop_signal, has_fai
               ranks):
     """Prints how the run ended and what to do next, and returns the exit status.
 
-    path is the newest checkpoint, or None if it could not be saved. has_failed: the run
-    ended because of bad_steps updates in a row.
+    path is the newest checkpoint, or None if it could not be saved. has_failed: the last bad_steps
+    updates in a row were skipped.
     """
+    finished = finished and not has_failed
     status = 1
     if finished:
         status = 0

@@ -3,7 +3,6 @@ The folder that a run writes to: its lock, metrics.jsonl, and checkpoints saved 
 """
 import contextlib
 import errno
-import itertools
 import json
 import os
 import platform
@@ -13,18 +12,16 @@ import threading
 
 import torch
 
-from runtime import checkpoint
-from runtime.checkpoint import BEST, LAST, PREVIOUS
-from runtime.console import ROOT, fail, format_command, get_first_line, say, warn
+from runtime import checkpoint, previous_runs, provenance
+from runtime.console import ROOT, fail, get_first_line, say, warn
 from runtime.files import check_file, is_file
+from runtime.previous_runs import BEST, LAST, METRICS
 
 try:
     import fcntl
 except ImportError:  # Windows: nothing keeps two runs out of one folder there
     fcntl = None
 
-METRICS = 'metrics.jsonl'
-PICTURE = 'loss.png'
 _runs = {}  # the last run of each thread, by the thread's number
 
 
@@ -74,7 +71,7 @@ class RunDir:
                 if os.path.lexists(temp_path):
                     os.remove(temp_path)
             if is_new:
-                move_earlier_run(self.path)
+                previous_runs.move_run(self.path)
             open(os.path.join(self.path, METRICS), 'a').close()
         except OSError as e:
             fail(f'{self.path!r} cannot be written to ({e.strerror})',
@@ -122,7 +119,7 @@ class RunDir:
                 self.path = new_path
                 return
             self.release_lock()
-            if checkpoint.exists(self.path):
+            if previous_runs.exists(self.path):
                 raise OSError(errno.EEXIST, 'another run has a checkpoint there', self.path)
             os.makedirs(self.path, exist_ok=True)
             self.acquire_lock()
@@ -181,6 +178,8 @@ class RunDir:
                 continue
             try:
                 self.follow()
+                if name == BEST and BEST not in self.saved_iters:
+                    self.keep_best_of_other_data(state)
                 checkpoint.save(state, self.path, is_best=name == BEST)
                 self.saved_iters[name] = state['iter_num']
                 if name == BEST and self.saved_iters.get(LAST, 0) <= state['iter_num']:
@@ -192,6 +191,17 @@ class RunDir:
                     e = e.__context__
                 warn(f'{name} could not be saved in {self.path} ({get_first_line(e)}); '
                      'training continues, and the next save tries again')
+
+    def keep_best_of_other_data(self, state):
+        """Keeps the folder's ckpt.pt, too, if the state that replaces it has another val split."""
+        values = previous_runs.read_values(os.path.join(self.path, BEST))
+        if values and 'data' in state:
+            try:
+                is_same_split = provenance.compare_data(values, state['config'], state['data'])[1]
+            except Exception:  # the file may have anything in it
+                is_same_split = False
+            if not is_same_split:
+                previous_runs.keep_best(self.path)
 
     def wait(self):
         """Waits until the thread has written everything, or could not."""
@@ -257,31 +267,6 @@ def find_path(descriptor):
         return os.readlink(f'/proc/self/fd/{descriptor}')
     except OSError:
         return None
-
-
-def move_earlier_run(out_dir):
-    """Moves an earlier run's files to out_dir/previous-1, or the next number that is free.
-
-    So nothing that a run has saved is ever removed. A run without a checkpoint is not worth that:
-    its metrics stay, and the new ones are added to them.
-    """
-    if not checkpoint.exists(out_dir):
-        return
-    iter_num = max(checkpoint.read_iter_num(os.path.join(out_dir, name)) for name in (BEST, LAST))
-    # the newest state last: a crash in between must not make an older one the newest
-    names = [name for name in (METRICS, PICTURE, BEST, LAST)
-             if os.path.lexists(os.path.join(out_dir, name))]
-    for number in itertools.count(1):
-        folder = os.path.join(out_dir, f'{PREVIOUS}-{number}')
-        is_taken = os.path.lexists(folder) and not os.path.isdir(folder)
-        # a folder that a crash has left incomplete is completed
-        if not is_taken and not any(os.path.lexists(os.path.join(folder, name)) for name in names):
-            break
-    os.makedirs(folder, exist_ok=True)
-    for name in names:
-        os.replace(os.path.join(out_dir, name), os.path.join(folder, name))
-    say(f'{out_dir} already had a run of {iter_num} iterations: it is now in {folder}; '
-        f'to continue it: {format_command(out_dir=folder, init_from="resume")}')
 
 
 def read_commit():

@@ -49,6 +49,7 @@ def test_other_data_is_noticed_when_a_run_continues(data, tmp_path, split, chang
     state = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)
     torch.save({**state, 'best_val_loss': 0.5}, tmp_path / 'out' / 'ckpt.pt')
     write_ids(data, split, change)
+    before = (tmp_path / 'out' / 'ckpt.pt').read_bytes()
     err = run_here('train.py', *args, '--max_iters=6', '--init_from=resume').stderr
     warning, = [line for line in err.splitlines() if 'checkpoint' in line]
     assert f'{split}.bin' in warning and words in warning
@@ -56,6 +57,9 @@ def test_other_data_is_noticed_when_a_run_continues(data, tmp_path, split, chang
     assert ('best val loss starts again' in warning) == (split == 'val')
     best_val_loss = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)['best_val_loss']
     assert (best_val_loss == 0.5) == (split == 'train')
+    copy = tmp_path / 'out' / 'previous-1' / 'ckpt.pt'
+    assert copy.exists() == (split == 'val')
+    assert split == 'train' or copy.read_bytes() == before
 
 
 def test_another_dataset_after_a_checkpoint_of_nanogpt(data, char_data, trained, tmp_path):

@@ -26,11 +26,16 @@ from conftest import (
 )
 
 from runtime import checkpoint, distributed, memory
-from runtime.run_dir import RunDir, find_lock_owner, move_earlier_run
+from runtime.previous_runs import list_previous_runs, move_run
+from runtime.run_dir import RunDir, find_lock_owner
 
 
 def make_state(iter_num, size=10):
     return dict(model={'w': torch.full((size,), float(iter_num))}, iter_num=iter_num)
+
+
+def make_id(text):
+    return dict(bytes=10, hash=text)
 
 
 def start_run(path):
@@ -135,9 +140,9 @@ def test_moving_an_earlier_run_survives_a_crash(tmp_path, monkeypatch, moves):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, 'replace', crash)
-        move_earlier_run(str(tmp_path))
+        move_run(str(tmp_path))
     assert read_iter_num(tmp_path / 'ckpt_last.pt') == 2  # an older one must not be the newest
-    move_earlier_run(str(tmp_path))
+    move_run(str(tmp_path))
     assert list_files(tmp_path) == ['previous-1']
     assert read_iter_num(tmp_path / 'previous-1' / 'ckpt.pt') == 1
     assert read_iter_num(tmp_path / 'previous-1' / 'ckpt_last.pt') == 2
@@ -383,7 +388,7 @@ def test_no_earlier_run_is_ever_removed(tmp_path, capsys):
         run_dir.close()
     out = capsys.readouterr().out
     assert 'a run of 300 iterations: it is now in' in out and 'a run of 3 iterations' in out
-    runs = checkpoint.list_previous_runs(str(tmp_path))
+    runs = list_previous_runs(str(tmp_path))
     assert runs == [(300, str(tmp_path / 'previous-1')), (50, str(tmp_path / 'previous')),
                     (3, str(tmp_path / 'previous-2'))]
     assert read_iter_num(tmp_path / 'ckpt.pt') == 20
@@ -392,8 +397,40 @@ def test_no_earlier_run_is_ever_removed(tmp_path, capsys):
 def test_a_file_in_the_way_of_an_earlier_run(tmp_path):
     (tmp_path / 'previous-1').write_text('somebody has named it so')
     checkpoint.save(make_state(5), str(tmp_path))
-    move_earlier_run(str(tmp_path))
+    move_run(str(tmp_path))
     assert read_iter_num(tmp_path / 'previous-2' / 'ckpt.pt') == 5
+
+
+@pytest.mark.parametrize('old_data, is_kept', [
+    (dict(val=make_id('a'), train=make_id('c')), False), (dict(val=make_id('b')), True),
+    (dict(val=7), True), (7, True),
+    (None, False)])  # None: nanoGPT's, of a dataset with the same name
+@pytest.mark.parametrize('first_is_best', [True, False])
+def test_the_best_of_other_data_is_kept(tmp_path, old_data, is_kept, first_is_best):
+    facts = dict(config=dict(dataset='x'), data=dict(val=make_id('a'), train=make_id('d')))
+    checkpoint.save({**make_state(5), **facts, 'data': old_data}, str(tmp_path))
+    before = (tmp_path / 'ckpt.pt').read_bytes()
+    run_dir = start_run(tmp_path)
+    for iter_num, is_best in ((6, first_is_best), (7, True), (8, True)):
+        run_dir.save({**make_state(iter_num), **facts}, is_best)
+    assert run_dir.close(8) and read_iter_num(tmp_path / 'ckpt.pt') == 8
+    folders = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert len(folders) == is_kept
+    if is_kept:
+        assert (tmp_path / 'previous-1' / 'ckpt.pt').read_bytes() == before
+        move_run(str(tmp_path))
+        assert read_iter_num(tmp_path / 'previous-2' / 'ckpt.pt') == 8
+
+
+@pytest.mark.parametrize('content', [b'', b'{"event": "run"}\n', b'{"event": "run", "argv": 5}\n',
+                                     b'{"event": "run", "argv": []}\n', b'\xff "event": "run"\n'])
+def test_an_earlier_run_whose_command_is_not_known(tmp_path, capsys, monkeypatch, content):
+    checkpoint.save(make_state(5), str(tmp_path))
+    (tmp_path / 'metrics.jsonl').write_bytes(content)
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--max_iters=9'])
+    move_run(str(tmp_path))
+    assert 'to continue it: python train.py' in capsys.readouterr().out
+    assert read_iter_num(tmp_path / 'previous-1' / 'ckpt.pt') == 5
 
 
 @pytest.mark.parametrize('value', [lambda: 1, threading.Lock(), 1 << 3000, {(1, (2, (3, (4,)))): 0},
@@ -418,6 +455,10 @@ def test_a_forgotten_flag_loses_nothing(char_data, tmp_path):
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate()
         assert f'it is now in {folder}/previous-{number}; to continue it: ' in out
+        # the command of that run, not of the one that moved it
+        command, = [line for line in out.splitlines() if 'to continue it' in line]
+        assert ('--max_iters=30 ' in command) == (number == 1)
+        assert ('--max_iters=1000000 ' in command) == (number == 2)
     assert (folder / 'previous-1' / 'ckpt.pt').read_bytes() == before
     assert f"'--out_dir={folder}/previous-2' --init_from=resume\n" in out  # for a shell
     (folder / 'ckpt_last.pt').unlink()

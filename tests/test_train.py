@@ -490,6 +490,18 @@ def test_a_streak_of_bad_updates_at_a_progress_line_stops_the_run(
     assert checkpoint.load(str(tmp_path / 'ckpt_last.pt'))['iter_num'] == 11
 
 
+@pytest.mark.parametrize('eval_interval, iterations', [(4, 5), (1000, 20)])
+def test_bad_updates_are_reported_without_a_progress_line(char_data, tmp_path, eval_interval,
+                                                          iterations):
+    out = run_here('train.py', *TINY, f'--dataset={char_data}', '--max_iters=20',
+                   '--learning_rate=1e30', '--decay_lr=False', '--max_bad_steps=3',
+                   f'--out_dir={tmp_path}', '--log_interval=1000',
+                   f'--eval_interval={eval_interval}', ok=None)
+    assert out.returncode == 1 and 'sample from' not in out.stdout
+    assert 'skipped updates' in out.stderr and '\nerror: ' in out.stderr
+    assert checkpoint.load_newest(str(tmp_path))[0]['iter_num'] == iterations
+
+
 @pytest.mark.parametrize('parallel', [
     '', *(pytest.param(mode, marks=pytest.mark.slow) for mode in ('ddp', 'zero1', 'fsdp'))])
 def test_too_many_bad_gradients_end_the_run(char_data, tmp_path, parallel):
