@@ -21,7 +21,7 @@ SYSTEM_ERRORS = {
     'EISDIR', 'ELOOP', 'ENOLINK', 'ENAMETOOLONG', 'ESTALE', 'EEXIST', 'EADDRINUSE'}
 _explainers = []  # see explain_errors()
 _exit = sys.exit  # see exit_by()
-_last_act = None  # see act_before_errors()
+_last_act = _argv = None  # see act_before_errors()
 
 
 def say(text, error=False):
@@ -152,18 +152,31 @@ def act_before_errors(act):
 
     frames are the frames of the code that raised it.
     """
-    global _last_act
-    _last_act = act
+    global _last_act, _argv
+    _last_act, _argv = act, list(sys.argv)
+    shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
+    if act and shell:  # it handles errors itself, without sys.excepthook
+        shell.events.register('post_run_cell', act_after_error)
 
 
 def run_last_act(frames):
     global _last_act
     act, _last_act = _last_act, None  # an error in it must not call it again
+    argv = sys.argv
     try:
         if act:
+            sys.argv = _argv  # a notebook has its own again
             act(frames)
     except Exception as e:
         warn(f'nothing could be saved after the error ({get_first_line(e)})')
+    finally:
+        sys.argv = argv
+
+
+def act_after_error(*_):
+    """Does what is still to be done after the last error that Python or IPython has printed."""
+    trace = getattr(sys, 'last_traceback', None)
+    run_last_act([frame for frame, _ in traceback.walk_tb(trace)])
 
 
 def explain_system_error(e):
@@ -191,7 +204,7 @@ def prepare_terminal():
                 stream.reconfigure(encoding='utf-8')  # Windows would use an old code page
     atexit.register(finish_output)
     _explainers[:] = [explain_system_error]
-    act_before_errors(None)
+    act_after_error()  # of a script that ran before, in a notebook
     exit_by(sys.exit)
     earlier_hook = sys.excepthook
 
@@ -237,7 +250,7 @@ def silence(stream):
 
 def finish_output():
     """Ends the program with one line if its last output can't be written. atexit runs it."""
-    run_last_act([])  # somebody's own exit() in the middle of a run
+    act_after_error()  # somebody's own exit() in the middle of a run
     try:
         sys.stdout.flush()
     except OSError as e:

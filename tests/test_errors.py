@@ -1,5 +1,6 @@
 """Errors in the middle of a run: what was trained is saved, and continues to the same bits."""
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -113,6 +114,33 @@ def test_half_an_update_is_not_saved(broken, args, tmp_path):
     _, err = process.communicate()
     assert process.returncode == 1 and 'RuntimeError: broken' in err
     assert list_files(tmp_path / 'out') == ['metrics.jsonl']
+
+
+NOTEBOOK = """
+import sys
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+for cell in sys.argv[1:]:
+    shell.run_cell(cell)
+"""
+
+
+@pytest.mark.parametrize('place', ['before the update', 'after the update', 'in the update'])
+def test_an_error_in_a_notebook_saves_too(broken, args, whole, tmp_path, place):
+    notebook = tmp_path / 'notebook.py'
+    notebook.write_text(NOTEBOOK)
+    out_dir = tmp_path / 'out'
+    cell = f'%run {broken} {shlex.join(args)} --out_dir={out_dir}'
+    out = run(str(notebook), cell, '1 / 0', PLACE=place)
+    assert ': broken\n' in out.stdout and 'ZeroDivisionError' in out.stdout
+    if place == 'in the update':
+        assert list_files(out_dir) == ['metrics.jsonl'] and 'the state after' not in out.stderr
+        return
+    iter_num = SAVED[place]
+    assert f'the state after {iter_num} iterations is in {out_dir}/ckpt_last' in out.stderr
+    assert f'--out_dir={out_dir} --init_from=resume' in out.stderr  # the command of the cell
+    run('train.py', *args, f'--out_dir={out_dir}', '--init_from=resume')
+    assert equal_states(out_dir / 'ckpt.pt', whole / 'ckpt.pt')
 
 
 @pytest.mark.parametrize('parallel, ranks, is_saved', [
