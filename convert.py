@@ -24,9 +24,10 @@ out_dir = 'out'  # folder with the checkpoint
 hf_dir = ''  # folder in Hugging Face's format; with --to=native also gpt2, gpt2-medium, ...
 exec(open(os.path.join(ROOT, 'configurator.py'), encoding='utf-8').read())
 
-if to not in ('hf', 'native') or not hf_dir:
-    fail(f'with to={to!r} and hf_dir={hf_dir!r} it is not clear what to convert',
-         'use --to=hf or native: python convert.py --out_dir=out --hf_dir=my-gpt2')
+if to not in ('hf', 'native'):
+    fail(f'to={to!r} is not known', 'use --to=hf or --to=native')
+if not hf_dir:
+    fail('--hf_dir is missing', 'name a folder: python convert.py --out_dir=out --hf_dir=my-gpt2')
 if to == 'hf':
     if os.path.isfile(hf_dir) or os.path.isdir(hf_dir) and os.listdir(hf_dir):
         fail(f'{hf_dir} is not an empty folder', 'name a new one with --hf_dir')

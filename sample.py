@@ -19,7 +19,7 @@ from tqdm import tqdm
 from model import GPT, GPTConfig
 from runtime import checkpoint, huggingface, inference, kernels, machine, memory, report, restore
 from runtime import settings
-from runtime.console import ROOT, fail, format_command, note
+from runtime.console import ROOT, note
 from runtime.tokenizer import TextStream, fit_prompt, get_tokenizer, parse_stops, read_prompt
 
 # model and prompt
@@ -68,11 +68,7 @@ elif huggingface.is_huggingface(init_from):
     meta = huggingface.read_characters(init_from)
     origin = init_from
 else:
-    remedy = 'use resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder saved by transformers'
-    if checkpoint.exists(init_from):
-        command = format_command(out_dir=init_from, init_from='resume')
-        remedy = f'it is the folder of a run: {command}'
-    fail(f'init_from={init_from!r} is not known', remedy)
+    huggingface.fail_unknown(init_from, 'resume')
 tokenizer = get_tokenizer(meta, model.config.vocab_size)
 start, prompt_length = fit_prompt(start, tokenizer, model.config.block_size)
 dtype = inference.convert(model, device, dtype)

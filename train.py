@@ -23,7 +23,7 @@ import plot
 from model import GPT, GPTConfig
 from runtime import checkpoint, distributed, huggingface, kernels, machine, memory, optimizers
 from runtime import provenance, ranges, report, restore, settings, signals
-from runtime.console import ROOT, act_before_errors, fail, say, try_or_warn, warn
+from runtime.console import ROOT, act_before_errors, say, try_or_warn, warn
 from runtime.dataset import DataOrder, check_ids, check_mapped_file, check_vocabulary, find_data
 from runtime.dataset import forget_pages, identify_data, list_eval_batches, move_to_device, open_bin
 from runtime.run_dir import RunDir
@@ -135,8 +135,7 @@ elif huggingface.is_huggingface(init_from):
     check_vocabulary(meta, checkpoint.describe(model.config, characters), data_dir, init_from)
     origin = f'from {init_from}'
 else:
-    fail(f'init_from={init_from!r} is not known', 'use scratch, resume, auto, gpt2, gpt2-medium, '
-         'gpt2-large, gpt2-xl or a folder saved by transformers')
+    huggingface.fail_unknown(init_from, 'scratch, resume, auto')
 provenance.check_iterations(state.get('iter_num', 0), out_dir)
 restore.fit_block_size(model, block_size, init_from, eval_only)
 kernels.accelerate(model, device_type, dtype)  # faster parts, except those that you changed
@@ -298,7 +297,7 @@ if was_finished and iter_num >= max_iters > 0 and not eval_only:
     distributed.shutdown()  # ends the process
 report.print_plan(origin, raw_model, config, data_dir, meta, tokens, (device, device_reason),
                   (dtype, dtype_reason), (compile, compile_reason), backend, ddp_world_size,
-                  state_bytes, is_resumed=iter_num > 0)
+                  state_bytes, iter_num)
 wandb_run = try_or_warn('wandb', start_wandb) if wandb_log and master_process else None
 if run_dir:
     run_dir.begin(is_new=init_from != 'resume', config=config, device=device, dtype=dtype,

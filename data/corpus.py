@@ -6,13 +6,14 @@ import hashlib
 import http.client
 import os
 import pickle
+import re
 import time
 import urllib.request
 
 import numpy as np
 from tqdm import tqdm
 
-from runtime.console import fail, format_script, make_folder, shorten, shorten_path
+from runtime.console import ROOT, fail, format_script, make_folder, shorten, shorten_path
 from runtime.files import fingerprint, flush, replace
 from runtime.tokenizer import read_text
 
@@ -116,7 +117,8 @@ def write_splits(folder, train_ids, val_ids, meta, start_time, config_file, **fl
     meta is None for GPT-2's BPE, which has no meta.pkl. With config_file and flags train.py trains
     on this dataset.
     """
-    if min(len(train_ids), len(val_ids)) == 0:
+    max_block_size = min(len(train_ids), len(val_ids)) - 1
+    if max_block_size < 1:
         fail(f'the text gives {len(train_ids)} training and {len(val_ids)} validation tokens',
              'use a longer text')
     make_folder(folder)
@@ -133,7 +135,16 @@ def write_splits(folder, train_ids, val_ids, meta, start_time, config_file, **fl
     else:
         print('vocabulary: GPT-2 BPE, 50,257 tokens')
     print(f'written to {shorten_path(folder)} in {time.time() - start_time:.1f} s')
+    if max_block_size < read_block_size(config_file):
+        flags['block_size'] = max_block_size
     print_next_step(config_file, **flags)
+
+
+def read_block_size(config_file):
+    """The block_size that a config file sets, or train.py's."""
+    with open(os.path.join(ROOT, config_file), encoding='utf-8') as f:
+        match = re.search(r'^block_size = (\d+)', f.read(), re.MULTILINE)
+    return int(match[1]) if match else 1024
 
 
 def print_next_step(config_file, **flags):

@@ -24,7 +24,7 @@ from runtime.checkpoint_format import (
     read_pickle,
     rename_weights,
 )
-from runtime.console import fail, get_first_line, note, warn
+from runtime.console import fail, format_command, get_first_line, note, warn
 from runtime.dataset import check_vocabulary, is_gpt2_vocabulary, locate_data
 from runtime.distributed import all_reduce_sum, is_sharded, local_tensor
 from runtime.files import is_file, replace
@@ -195,7 +195,7 @@ def load_best(out_dir):
         iter_num = read_iter_num(last_path)
         if iter_num > pair[0]['iter_num']:
             note(f'{path} is from iteration {pair[0]["iter_num"]}; {last_path} is newer, from '
-                 f'iteration {iter_num}; to use that: --out_dir={shlex.quote(last_path)}')
+                 f'iteration {iter_num}; to use that: {format_command(out_dir=last_path)}')
         return pair
     fail_without_checkpoint(out_dir)
 
@@ -211,11 +211,15 @@ def try_to_load(path):
 
 
 def fail_without_checkpoint(out_dir):
+    problem = f'{out_dir} has no checkpoint that can be read'
     remedy = "train first, or name the run's folder with --out_dir"
-    if os.path.exists(os.path.join(out_dir, 'config.json')):
+    if not os.path.lexists(out_dir):
+        problem = f'{out_dir} does not exist'
+    elif os.path.exists(os.path.join(out_dir, 'config.json')):
         remedy = f'it is a folder for transformers: use --init_from={shlex.quote(out_dir)}'
-    fail(f'{out_dir} has no checkpoint that can be read', describe_previous_runs(out_dir) or remedy,
-         who='node')
+    elif exists(out_dir):
+        remedy = 'put a copy of it there, or start again: a new run moves it out of the way'
+    fail(problem, describe_previous_runs(out_dir) or remedy, who='node')
 
 
 def load(path):

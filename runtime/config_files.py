@@ -112,6 +112,7 @@ def check_settings(arg, space, earlier, own_settings):
                 space[name] = convert(name, setting.default, space[name])
             except ValueError as e:
                 mistakes.append(f'{name} in {arg} {e}')
+                space[name] = earlier[name]
     return mistakes
 
 

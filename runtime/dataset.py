@@ -9,6 +9,7 @@ import functools
 import math
 import mmap
 import os
+import shlex
 
 import numpy as np
 import torch
@@ -145,6 +146,9 @@ def check_vocabulary(meta, state, data_dir, path, remedy='name the right one wit
         if trained_meta['stoi'] == meta.get('stoi'):
             return
         problem = f'{data_dir} has other characters'
+        if path.endswith('.pt'):
+            folder = shlex.quote(os.path.dirname(path))
+            remedy += f', or prepare the text with --vocabulary={folder}'
     else:  # nanoGPT's checkpoints have no table of characters, and its forks pad the vocabulary
         padding = vocab_size - meta['vocab_size']
         if padding == 0 or 0 < padding < 128 and vocab_size % 64 == 0:

@@ -10,8 +10,9 @@ import os
 import torch
 
 from runtime.checkpoint_format import check_sizes
-from runtime.console import fail, get_first_line
+from runtime.console import fail, format_command, get_first_line
 from runtime.files import is_file
+from runtime.previous_runs import exists
 from runtime.tokenizer import check_meta
 
 GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -50,6 +51,16 @@ def list_tensors(args):
 def is_huggingface(init_from):
     """Whether init_from names weights in this format: a GPT-2 size, or a folder of that kind."""
     return init_from in GPT2_SIZES or is_file(os.path.join(init_from, 'config.json'))
+
+
+def fail_unknown(init_from, choices):
+    """Fails because init_from is not the name of a model. choices are other names."""
+    remedy = f'use {choices}, {", ".join(GPT2_SIZES)} or a folder saved by transformers'
+    folder = os.path.dirname(init_from) if os.path.isfile(init_from) else init_from
+    if exists(folder):
+        command = format_command(out_dir=folder, init_from='resume')
+        remedy = f'it is the folder of a run: {command}'
+    fail(f'init_from={init_from!r} is not known', remedy)
 
 
 def read_weights(model_type, dtype=None):

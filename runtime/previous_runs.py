@@ -103,16 +103,27 @@ def move_run(out_dir):
              if os.path.lexists(os.path.join(out_dir, name))]
     folder = choose_folder(out_dir, names)
     for name in names:
-        os.replace(os.path.join(out_dir, name), os.path.join(folder, name))
+        move(os.path.join(out_dir, name), os.path.join(folder, name))
     command = format_command(read_argv(folder), out_dir=folder, init_from='resume')
+    if iter_num < 0:
+        return say(f'{out_dir} had a checkpoint that cannot be read: it is now in {folder}')
     say(f'{out_dir} already had a run of {iter_num} iterations: it is now in {folder}; '
         f'to continue it: {command}')
 
 
-def keep_best(out_dir):
-    """Keeps what is now ckpt.pt in a folder for previous runs, too, when its data was other data.
+def move(path, new_path):
+    """Moves a file. A link still leads to the same place."""
+    if os.path.islink(path):
+        os.symlink(os.path.realpath(path), new_path)
+        os.remove(path)
+    else:
+        os.replace(path, new_path)
 
-    The new run's best loss can't be compared with that one's.
+
+def keep_best(out_dir):
+    """Keeps what is now ckpt.pt in a folder for previous runs, too, before another run replaces it.
+
+    Its best loss can't be compared with the new one: it is of other data, or of another model.
     """
     folder = choose_folder(out_dir, (METRICS, BEST))
     shutil.copyfile(os.path.join(out_dir, METRICS), os.path.join(folder, METRICS))
@@ -121,4 +132,4 @@ def keep_best(out_dir):
         os.link(path, copy)
     except OSError:  # a file system without links
         shutil.copyfile(path, copy)
-    say(f'{path} was the best on other data: it is kept as {copy}')
+    say(f'{path} is of other data or of another model: it is kept as {copy}')

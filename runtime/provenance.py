@@ -15,11 +15,10 @@ from runtime.files import describe_changes
 
 # settings that may differ from one machine to another
 PLACES = {'out_dir', 'dataset', 'device', 'wandb_log', 'wandb_project', 'wandb_run_name'}
-# settings that don't change what a run learns
+# settings that change neither what a run learns nor its losses
 OUTER_SETTINGS = PLACES | {
-    'init_from', 'backend', 'dtype', 'compile', 'eval_interval', 'log_interval', 'eval_iters',
-    'eval_only', 'save_interval', 'max_bad_steps', 'parallel',
-    'activation_checkpointing'}
+    'init_from', 'backend', 'dtype', 'compile', 'eval_interval', 'log_interval', 'eval_only',
+    'save_interval', 'max_bad_steps', 'parallel', 'activation_checkpointing'}
 # settings for which the values of the checkpoint's optimizer count, see restore.load_optimizer()
 OPTIMIZER_SETTINGS = {'weight_decay', 'beta1', 'beta2', 'momentum'}
 

@@ -6,6 +6,7 @@ import io
 import math
 import numbers
 import os
+import re
 import tokenize
 
 from runtime.console import fail, shorten
@@ -166,10 +167,14 @@ def unquote(text):
     return value if isinstance(value, str) else text
 
 
+def is_path(name, value):
+    """Whether a setting has a path as its value."""
+    return isinstance(value, str) and (name in PATHS or name.endswith(('_dir', '_path')))
+
+
 def expand_home(name, value):
     """The value of a setting; in a path, ~ at the beginning becomes the home folder."""
-    is_path = name in PATHS or name.endswith(('_dir', '_path'))
-    if not is_path or not isinstance(value, str) or '~' not in value:
+    if not is_path(name, value) or '~' not in value:
         return value
     if name == 'runs':  # several, with commas between them
         return ','.join(map(os.path.expanduser, value.split(',')))
@@ -185,6 +190,17 @@ def describe(value):
     return shorten(' '.join(text.split()), 100)
 
 
+def find_wrong_paths(config):
+    """Which paths can't be used, as a list of texts."""
+    paths = {name: value for name, value in config.items() if is_path(name, value)}
+    mistakes = [f'{name}={value!r} has a zero character (write each backslash in it twice)'
+                for name, value in paths.items() if '\0' in value]
+    # torch can't save there
+    mistakes += [f'{name}={value!r} is not UTF-8 (rename it)' for name, value in paths.items()
+                 if name == 'out_dir' and re.search('[\ud800-\udfff]', value)]
+    return mistakes
+
+
 def find_mistakes(config):
     """What is wrong with the values, as a list of texts."""
     mistakes = []
@@ -192,6 +208,7 @@ def find_mistakes(config):
         if name in config and config[name] not in choices:
             mistakes.append(f'{name}={config[name]!r} is not known '
                             f'(use {", ".join(map(str, choices[:-1]))} or {choices[-1]})')
+    mistakes += [f'{name} is empty' for name in ('out_dir', 'dataset') if config.get(name) == '']
     for name in ('backend', 'device'):
         if isinstance(config.get(name), bool):
             mistakes.append(f'{name}={config[name]} must be a text')
@@ -226,6 +243,9 @@ def find_wrong_shapes(sizes):
         elif sizes.get('rope_base') and n_embd // n_head % 2:
             mistakes.append('rotary positions need heads of an even size, '
                             f'not n_embd={n_embd} / n_head={n_head} (try another --n_head)')
+    if sizes.get('embd_conv', 0) >= sizes.get('block_size', math.inf):
+        mistakes.append(f'embd_conv={sizes["embd_conv"]} must be below '
+                        f'block_size={sizes["block_size"]}')
     if {'n_layer', 'n_embd'} <= sizes.keys():
         names = [name for name in ('n_layer', 'n_embd', 'bigrams') if sizes.get(name)]
         num_params = 12 * sizes['n_layer'] * sizes['n_embd'] ** 2

@@ -8,17 +8,32 @@ from datetime import timedelta
 
 import torch
 
-from runtime import checkpoint, inference, kernels, memory
-from runtime.console import format_bytes, format_command, format_script, note, report_error, say
+from runtime import checkpoint, inference, kernels, memory, previous_runs
+from runtime.console import (
+    format_bytes,
+    format_command,
+    format_script,
+    note,
+    report_error,
+    say,
+    warn,
+)
 
 
 def print_plan(origin, model, config, data_dir, meta, tokens, device, dtype, compile, backend,
-               ranks, optimizer_bytes, is_resumed):
+               ranks, optimizer_bytes, iter_num):
     """Prints what will happen. device, dtype and compile are (choice, reason) each."""
     print_model(origin, model, config)
     print_data(data_dir, meta, tokens, config, ranks)
+    if config['eval_only'] and origin == 'from scratch' and previous_runs.exists(config['out_dir']):
+        warn(f'this model is new, and not the one in {config["out_dir"]}: '
+             'to evaluate that one use --init_from=resume')
     print_machine(device, dtype, compile, backend, config['parallel'], ranks)
-    print_memory(model, optimizer_bytes, config, device[0], dtype[0], compile[0], ranks, is_resumed)
+    print_memory(model, optimizer_bytes, config, device[0], dtype[0], compile[0], ranks,
+                 is_resumed=iter_num > 0)
+    if iter_num >= config['max_iters'] and iter_num and not config['eval_only']:
+        say(f'the run is at iteration {iter_num}, so with max_iters={config["max_iters"]} it only '
+            'evaluates and saves')
 
 
 def print_model(origin, model, config):

@@ -122,9 +122,10 @@ def fit_block_size(model, block_size, init_from, eval_only=False):
     A run that continues keeps its own: what is cut from its table of positions would be lost.
     """
     max_block_size = model.config.block_size
+    name = 'this run' if init_from == 'resume' else init_from
     if block_size > max_block_size:
-        fail(f'block_size={block_size} is larger than the {max_block_size} of {init_from}',
-             f'use --block_size={max_block_size} or less')
+        fail(f'block_size={block_size} is larger than the {max_block_size} of {name}',
+             f'use --block_size={max_block_size}')
     if block_size < max_block_size and init_from == 'resume' and not eval_only:
         fail(f'block_size={block_size} would cut the context of this run, which is '
              f'{max_block_size}, for good', f'use --block_size={max_block_size}')

@@ -179,7 +179,7 @@ class RunDir:
             try:
                 self.follow()
                 if name == BEST and BEST not in self.saved_iters:
-                    self.keep_best_of_other_data(state)
+                    self.keep_best_of_another_run(state)
                 checkpoint.save(state, self.path, is_best=name == BEST)
                 self.saved_iters[name] = state['iter_num']
                 if name == BEST and self.saved_iters.get(LAST, 0) <= state['iter_num']:
@@ -192,15 +192,16 @@ class RunDir:
                 warn(f'{name} could not be saved in {self.path} ({get_first_line(e)}); '
                      'training continues, and the next save tries again')
 
-    def keep_best_of_other_data(self, state):
-        """Keeps the folder's ckpt.pt, too, if the state that replaces it has another val split."""
+    def keep_best_of_another_run(self, state):
+        """Keeps the folder's ckpt.pt, too, if it is of another val split or of another model."""
         values = previous_runs.read_values(os.path.join(self.path, BEST))
         if values and 'data' in state:
             try:
-                is_same_split = provenance.compare_data(values, state['config'], state['data'])[1]
+                is_same = provenance.compare_data(values, state['config'], state['data'])[1]
+                is_same &= is_same_model(values['model_args'], state['model_args'])
             except Exception:  # the file may have anything in it
-                is_same_split = False
-            if not is_same_split:
+                is_same = False
+            if not is_same:
                 previous_runs.keep_best(self.path)
 
     def wait(self):
@@ -221,6 +222,12 @@ class RunDir:
         if is_older or self.newest_name in (None, *self.pending_states):
             return None
         return os.path.join(self.path, self.newest_name)
+
+
+def is_same_model(args, other_args):
+    """Whether the model_args of two checkpoints are of models with the same weights."""
+    names = args.keys() & other_args.keys() - {'dropout'}
+    return all(args[name] == other_args[name] for name in names)
 
 
 def try_to_lock(descriptor):

@@ -16,7 +16,7 @@ import numpy as np
 
 from runtime.config_files import run_config_file, suggest
 from runtime.console import ROOT, fail, prepare_terminal, shorten_path, warn
-from runtime.ranges import KINDS, expand_home, find_mistakes, parse
+from runtime.ranges import KINDS, expand_home, find_mistakes, find_wrong_paths, parse
 
 
 class Setting(NamedTuple):
@@ -65,6 +65,7 @@ def configure(space):
         space.pop(name, None)
     config = {name: expand_home(name, space[name]) for name in own_settings}
     space.update(config)
+    mistakes += find_wrong_paths(config)
     if mistakes:
         report_mistakes(space, own_settings, config, mistakes)
     if warnings:

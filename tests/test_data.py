@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import subprocess
@@ -241,6 +242,22 @@ def test_mistakes(tmp_path, args, words):
         (tmp_path / f'{name}.txt').write_bytes(content)
     assert words in run_here('data/text/prepare.py', *args, cwd=tmp_path, ok=False).stderr
     assert not os.path.exists(os.path.join(ROOT, 'data', 'x'))
+
+
+@pytest.mark.parametrize('length', [3, 15, 160, 800])
+@pytest.mark.parametrize('tokenizer', ['char', 'gpt2'])
+def test_the_command_for_a_short_text_works(tmp_path, bpe, length, tokenizer):
+    (tmp_path / 'short.txt').write_text('a few words; '[:length] * (1 + length // 13))
+    folder = tmp_path / 'data'
+    args = [f'--input={tmp_path / "short.txt"}', f'--out_dir={folder}', f'--tokenizer={tokenizer}']
+    out = run_here('data/text/prepare.py', *args, ok=None)
+    if out.returncode:
+        assert 'use a longer text' in out.stderr and not folder.exists()
+        return
+    script, *flags = shlex.split(out.stdout.splitlines()[-1].partition(': python ')[2])
+    run_here(script, *flags, '--init_from=scratch', '--max_iters=1', '--eval_iters=1',
+             '--n_layer=1', '--n_head=1', '--n_embd=8', '--batch_size=1', '--device=cpu',
+             f'--out_dir={tmp_path / "out"}')
 
 
 def test_more_characters_than_uint16_has_ids(tmp_path):

@@ -403,11 +403,11 @@ def test_a_file_in_the_way_of_an_earlier_run(tmp_path):
 
 @pytest.mark.parametrize('old_data, is_kept', [
     (dict(val=make_id('a'), train=make_id('c')), False), (dict(val=make_id('b')), True),
-    (dict(val=7), True), (7, True),
-    (None, False)])  # None: nanoGPT's, of a dataset with the same name
+    (dict(val=7), True), (7, True), (None, False)])  # None: nanoGPT's, of a dataset of this name
 @pytest.mark.parametrize('first_is_best', [True, False])
 def test_the_best_of_other_data_is_kept(tmp_path, old_data, is_kept, first_is_best):
-    facts = dict(config=dict(dataset='x'), data=dict(val=make_id('a'), train=make_id('d')))
+    facts = dict(config=dict(dataset='x'), model_args={},
+                 data=dict(val=make_id('a'), train=make_id('d')))
     checkpoint.save({**make_state(5), **facts, 'data': old_data}, str(tmp_path))
     before = (tmp_path / 'ckpt.pt').read_bytes()
     run_dir = start_run(tmp_path)
@@ -420,6 +420,36 @@ def test_the_best_of_other_data_is_kept(tmp_path, old_data, is_kept, first_is_be
         assert (tmp_path / 'previous-1' / 'ckpt.pt').read_bytes() == before
         move_run(str(tmp_path))
         assert read_iter_num(tmp_path / 'previous-2' / 'ckpt.pt') == 8
+
+
+@pytest.mark.parametrize('args, other_args, is_kept', [
+    (dict(n_layer=1), dict(n_layer=2), True), (dict(dropout=0.1), dict(dropout=0.2), False),
+    (dict(n_layer=1, mine=1), dict(n_layer=1), False), (5, dict(n_layer=1), True)])
+def test_the_checkpoint_of_another_model_is_kept(tmp_path, args, other_args, is_kept):
+    facts = dict(config=dict(dataset='x'), data=dict(val=make_id('a')))
+    checkpoint.save({**make_state(5), **facts, 'model_args': args}, str(tmp_path))
+    run_dir = start_run(tmp_path)
+    run_dir.save({**make_state(6), **facts, 'model_args': other_args}, True)
+    run_dir.close()
+    assert (tmp_path / 'previous-1' / 'ckpt.pt').exists() == is_kept
+
+
+@pytest.mark.parametrize('is_relative', [True, False])
+def test_a_link_to_a_checkpoint_still_leads_to_it_when_it_is_moved(tmp_path, is_relative):
+    (tmp_path / 'run').mkdir()
+    checkpoint.save(make_state(5), str(tmp_path))
+    target = '../ckpt.pt' if is_relative else tmp_path / 'ckpt.pt'
+    (tmp_path / 'run' / 'ckpt.pt').symlink_to(target)
+    move_run(str(tmp_path / 'run'))
+    assert read_iter_num(tmp_path / 'run' / 'previous-1' / 'ckpt.pt') == 5
+    assert not os.path.lexists(tmp_path / 'run' / 'ckpt.pt')
+
+
+def test_a_checkpoint_that_cannot_be_read_is_moved(tmp_path, capsys):
+    (tmp_path / 'ckpt.pt').write_bytes(b'PK')
+    move_run(str(tmp_path))
+    assert (tmp_path / 'previous-1' / 'ckpt.pt').read_bytes() == b'PK'
+    assert 'had a checkpoint that cannot be read' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('content', [b'', b'{"event": "run"}\n', b'{"event": "run", "argv": 5}\n',

@@ -38,11 +38,16 @@ def test_without_arguments_it_says_what_to_do(tmp_path):
     (['--eval_interval=0'], 'eval_interval=0'), (['--log_interval=0'], 'log_interval=0'),
     (['--device=tpu9'], "'tpu9'"), (['--device=cuda:7'], 'cuda:7'), (['--dtype=int8'], "'int8'"),
     (['--compile=fast'], "'fast'"), (['--parallel=all'], "parallel='all'"),
-    (['--init_from=gpt3'], "'gpt3'"), (['--init_from=resume'], 'no checkpoint'),
+    (['--init_from=gpt3'], "'gpt3'"), (['--init_from=resume'], 'does not exist'),
     (['--dataset=nowhere'], "dataset 'nowhere' was not found"),
     (['--block_size=100000'], 'fewer than block_size + 1'),
     (['--learning_rate=-1'], 'learning_rate=-1'), (['--seed=-1'], 'seed=-1'),
-    (['--out_dir=/dev/null/x'], '/dev/null/x'), (['--out_dir='], "''"),
+    (['--out_dir=/dev/null/x'], '/dev/null/x'), (['--out_dir='], 'out_dir is empty'),
+    (['--out_dir=a\0b'], "out_dir='a\\x00b' has a zero character"),
+    (['--dataset=D:\0runs'], 'has a zero character'), (['--init_from=\0'], 'has a zero character'),
+    (['--out_dir=a\udcff'], "out_dir='a\\udcff' is not UTF-8"),
+    (['--embd_conv=100000', '--block_size=16'], 'embd_conv=100000 must be below block_size=16'),
+    (['--embd_conv=16', '--block_size=16'], 'embd_conv=16 must be below block_size=16'),
 ])
 def test_mistakes_end_in_one_line_and_write_nothing(char_data, tmp_path, args, words):
     if args == ['--device=cuda:7'] and torch.cuda.device_count() > 7:
@@ -198,9 +203,13 @@ def test_a_folder_instead_of_a_flag(trained, char_data, huggingface_folder):
                               f'(did you mean --{setting}={folder}?); '), script
 
 
-def test_a_run_instead_of_a_model(trained):
-    err = run_here('sample.py', f'--init_from={trained}', ok=False).stderr
-    assert 'it is the folder of a run: python ' in err and f'--out_dir={trained}' in err
+@pytest.mark.parametrize('name', ['', 'ckpt.pt'])
+def test_a_run_instead_of_a_model(trained, char_data, name):
+    init_from = f'--init_from={os.path.join(trained, name)}'
+    for script, *args in (('sample.py',), ('train.py', *TINY, f'--dataset={char_data}')):
+        err = run_here(script, *args, init_from, ok=False).stderr
+        assert 'it is the folder of a run: python ' in err and '--init_from=resume' in err
+        assert f'--out_dir={os.path.dirname(os.path.join(trained, ""))}' in err
 
 
 # -----------------------------------------------------------------------------

@@ -186,6 +186,24 @@ def test_eval_only_evaluates_and_writes_nothing(trained, char_data, tmp_path):
     assert f'val loss {val:.4f}' in out and list_files(trained) == before
 
 
+def test_evaluating_a_new_model_by_mistake(trained, char_data, tmp_path):
+    args = [*TINY, f'--dataset={char_data}', '--eval_only']
+    words = f'not the one in {trained}: to evaluate that one use --init_from=resume'
+    assert words in run_here('train.py', *args, f'--out_dir={trained}').stderr
+    for flags in ([f'--out_dir={tmp_path}'], [f'--out_dir={trained}', '--init_from=resume']):
+        assert not run_here('train.py', *args, *flags).stderr
+
+
+@pytest.mark.parametrize('max_iters, is_over', [(59, True), (60, True), (61, False)])
+def test_a_run_that_has_nothing_to_train_says_so(trained, char_data, tmp_path, max_iters, is_over):
+    state = torch.load(os.path.join(trained, 'ckpt.pt'), weights_only=True)
+    torch.save({**state, 'finished': False}, tmp_path / 'ckpt.pt')  # it was stopped
+    out = run_here('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={tmp_path}',
+                   '--init_from=resume', f'--max_iters={max_iters}').stdout
+    text = f'is at iteration 60, so with max_iters={max_iters} it only evaluates and saves'
+    assert (text in out) == is_over
+
+
 def test_a_finished_run_says_so(trained, char_data):
     out = run('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={trained}',
               '--init_from=auto', '--max_iters=60').stdout
