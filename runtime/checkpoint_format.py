@@ -15,6 +15,12 @@ from runtime.tokenizer import check_meta
 # the state of a GradScaler
 SCALER = {'scale': float, 'growth_factor': float, 'backoff_factor': float, 'growth_interval': int,
           '_growth_tracker': int}
+# the bytes of a number, by the name that torch gives to the memory of a tensor
+ITEM_SIZES = {'torch.storage UntypedStorage': 1, 'torch BoolStorage': 1, 'torch ByteStorage': 1,
+              'torch CharStorage': 1, 'torch ShortStorage': 2, 'torch HalfStorage': 2,
+              'torch BFloat16Storage': 2, 'torch IntStorage': 4, 'torch FloatStorage': 4,
+              'torch LongStorage': 8, 'torch DoubleStorage': 8, 'torch ComplexFloatStorage': 8,
+              'torch ComplexDoubleStorage': 16}
 # another program may have other things by these names, which are left out
 TYPES = {'model': dict, 'model_args': dict, 'config': dict, 'optimizer': (dict, list),
          'optimizer_name': str, 'scaler': dict, 'wandb_id': str, 'finished': bool,
@@ -38,10 +44,17 @@ def read_pickle(archive):
 
     Raises an exception if it has anything but tensors and plain values.
     """
-    content = archive.read(find_pickle(archive))
+    name = find_pickle(archive)
+    content = archive.read(name)
     if torch._C.PyTorchFileReader(archive.filename).get_record('data.pkl') != content:
         raise ValueError('it has two pickles')
-    return pickles.read(content, file_size=archive.start_dir)
+    storages = []
+    values = pickles.read(content, file_size=archive.start_dir, storages=storages)
+    for _, kind, key, _, count in storages:
+        # torch maps the numbers of a tensor from the file, and doesn't look where they end
+        if archive.getinfo(f'{name[:-4]}/{key}').file_size != count * ITEM_SIZES[kind]:
+            raise ValueError(f'{name[:-4]}/{key} in it has another size than its tensor')
+    return values
 
 
 def find_pickle(archive):

@@ -39,15 +39,15 @@ CONTAINER_COST, CALL_COST = 4, 8  # operations
 MAX_DEPTH = 100  # of containers inside one another
 
 
-def read(pickled, is_meta=False, file_size=0):
+def read(pickled, is_meta=False, file_size=0, storages=None):
     """The plain values in a pickle. Sets become lists, tensors None, and types their names.
 
-    The size of a tensor is checked when it is loaded. ValueError if there is anything else, or if
-    it would take more memory than a file of file_size can need. A meta.pkl may also have numbers
-    of numpy. In it any other object becomes a dict, and items of dicts with other keys than texts
-    and numbers are left out.
+    ValueError if there is anything else, or if it would take more memory than a file of file_size
+    can need. A list `storages` gets what the pickle says of the numbers of each tensor. A meta.pkl
+    may also have numbers of numpy. In it any other object becomes a dict, and items of dicts with
+    other keys than texts and numbers are left out.
     """
-    reader = Reader(is_meta, FREE_OPERATIONS + max(file_size, len(pickled)) // 64)
+    reader = Reader(is_meta, FREE_OPERATIONS + max(file_size, len(pickled)) // 64, storages)
     try:
         for opcode, arg, _ in pickletools.genops(pickled):
             operands = reader.take(opcode)
@@ -61,8 +61,9 @@ def read(pickled, is_meta=False, file_size=0):
 class Reader:
     """The machine that a pickle is a program for. It has a stack of values and a memo."""
 
-    def __init__(self, is_meta, budget):
+    def __init__(self, is_meta, budget, storages=None):
         self.is_meta = is_meta
+        self.storages = [] if storages is None else storages
         self.functions = {**FUNCTIONS, **META_FUNCTIONS} if is_meta else FUNCTIONS
         self.budget = budget  # operations that are left
         self.stack = []
@@ -120,6 +121,7 @@ class Reader:
             return [self.set_attributes(*operands)]
         if name == 'BINPERSID' and not self.is_meta:  # the numbers of a tensor
             self.spend(CALL_COST)
+            self.storages += operands
             return [skip_plain(*operands)]
         if name == 'DUP':
             return 2 * operands

@@ -311,6 +311,18 @@ def test_pickles_within_archives(tmp_path, payload):
         checkpoint.load(str(tmp_path / 'ckpt.pt'))
 
 
+@pytest.mark.parametrize('key', ['0', '1'])
+@pytest.mark.parametrize('size', [0, 4, 8192])
+def test_a_tensor_with_more_or_fewer_numbers_than_it_says_is_refused(tmp_path, key, size):
+    path = tmp_path / 'ckpt.pt'
+    torch.save(good_state(), path)
+    rezip(path)  # without a change
+    assert checkpoint.load(str(path))
+    rezip(path, **{key: bytes(size)})  # torch would take what comes after it in the file
+    with pytest.raises(ValueError, match=f'data/{key} in it has another size than its tensor'):
+        checkpoint.load(str(path))
+
+
 def test_a_compressed_archive_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / 'ckpt.pt', 'w', zipfile.ZIP_DEFLATED) as archive:
         archive.writestr('archive/data.pkl', bytes(10 ** 8))

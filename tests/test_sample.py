@@ -162,7 +162,7 @@ def test_prompts_from_files(trained, tmp_path):
     ('--top_p=1.1', 'top_p=1.1'), ('--num_samples=0', 'num_samples=0'),
     ('--max_new_tokens=-1', 'max_new_tokens=-1'), ('--stop=[1]', 'stop='),
     ('--compile=fast', 'compile='), ('--init_from=gpt9', "'gpt9'"),
-    ('--out_dir=nowhere', 'no checkpoint'), ('--start=', 'empty'),
+    ('--out_dir=nowhere', 'does not exist'), ('--start=', 'empty'),
 ])
 def test_mistakes(trained, flag, words):
     assert words in sample(trained, flag, ok=False).stderr

@@ -375,6 +375,7 @@ def test_progress_lines_count_training_and_nothing_else(char_data, tmp_path, mon
     queue, calls = [], itertools.count()
     forward, save = model.GPT.forward, RunDir.save
     gather, all_reduce_mean = distributed.gather, distributed.all_reduce_mean
+    read = optimizers.BadSteps.read
 
     def wait(*args):
         seconds['training'] += sum(queue)
@@ -396,6 +397,7 @@ def test_progress_lines_count_training_and_nothing_else(char_data, tmp_path, mon
         patch.setattr(model.GPT, 'forward', slow_forward)
         patch.setattr(RunDir, 'save', slow_save)
         patch.setattr(machine, 'synchronize', wait)
+        patch.setattr(optimizers.BadSteps, 'read', lambda *args: wait() or read(*args))
         patch.setattr(distributed, 'gather', lambda *args: wait() or gather(*args))
         patch.setattr(distributed, 'all_reduce_mean', lambda x: wait() or all_reduce_mean(x))
         patch.setattr(time, 'perf_counter', lambda: float(sum(seconds.values())))
