@@ -15,9 +15,10 @@
 import os as _os
 import sys as _sys
 
-# runtime/ may be next to this file and not next to the script; without a path, '', it is looked
-# for in the current folder
-_sys.path.append(_os.path.dirname(_sys._getframe().f_code.co_filename))
+# runtime/ is next to this file, whose path may not be known here: then it is looked for in the
+# current folder, and in the two folders around it
+_paths = [_os.path.dirname(_sys._getframe().f_code.co_filename), '..', '../..']
+_sys.path += _paths
 try:
     from runtime.settings import configure as _configure
 except ModuleNotFoundError as _error:
@@ -26,6 +27,6 @@ except ModuleNotFoundError as _error:
     raise SystemExit('error: configurator.py needs the folder runtime/ next to your script; '
                      'copy that folder, too')
 finally:
-    _sys.path.pop()
+    del _sys.path[-len(_paths):]
 _configure(globals())
-del _configure, _os, _sys
+del _configure, _os, _paths, _sys

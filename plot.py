@@ -12,7 +12,7 @@ import os
 import numpy as np
 
 from runtime.console import ROOT, fail, get_first_line, say
-from runtime.files import is_file
+from runtime.files import check_file, is_file, replace
 
 # input and output
 runs = 'out'  # the out_dir of one or more runs, separated by commas
@@ -23,6 +23,7 @@ if __name__ == '__main__':
 
 
 NUMBER = int, float
+MAX_NUMBER = 1e30  # larger ones aren't numbers of a run, and can't all be drawn
 # the values that an event must have, by kind
 KEYS = {'iter': dict(iter=int, ms=NUMBER, lr=NUMBER, loss=(*NUMBER, type(None)),
                      grad_norm=(*NUMBER, type(None))),
@@ -33,7 +34,7 @@ def is_complete(event):
     """Whether an event has what is drawn of it."""
     kinds = KEYS[event['event']]
     return (all(key in event and isinstance(event[key], kinds[key]) for key in kinds)
-            and event.get('ms', 1) > 0)
+            and all(abs(event[key] or 0) < MAX_NUMBER for key in kinds) and event.get('ms', 1) > 0)
 
 
 def read_metrics(out_dir):
@@ -59,7 +60,7 @@ def read_metrics(out_dir):
                 run_begins = True
                 config = event['config']
                 sequences = config['gradient_accumulation_steps'] * config['batch_size']
-                tokens_per_iter = sequences * config['block_size']
+                tokens_per_iter = float(sequences * config['block_size'])
                 continue
             if kind not in KEYS or not is_complete(event):  # somebody's own
                 continue
@@ -90,7 +91,7 @@ def locate(events, iterations, x):
 def draw(runs, png, x='iter'):
     """Draws the metrics of the runs, a list of folders, to the file png; one color per run.
 
-    It returns matplotlib's figure.
+    Returns matplotlib's figure. OSError if the file can't be written: an earlier one then stays.
     """
     from matplotlib.figure import Figure  # imported here: it takes long, and not everyone draws
     figure = Figure(figsize=(11, 7), layout='constrained')
@@ -120,7 +121,10 @@ def draw(runs, png, x='iter'):
         panel.set(title=title, xlabel=xlabels[x])
         panel.grid(alpha=0.3)
     loss_panel.legend()
-    figure.savefig(png, dpi=100, format='png')
+    if os.path.lexists(png):
+        check_file(png)  # a device must stay
+    with replace(png) as f:
+        figure.savefig(f, dpi=100, format='png')
     return figure
 
 
@@ -134,7 +138,7 @@ if __name__ == '__main__':
             fail(f'{folder!r} has no metrics.jsonl', 'name the out_dir of a run with --runs')
         try:
             read_metrics(folder)
-        except (KeyError, TypeError, ValueError) as e:
+        except (KeyError, OverflowError, TypeError, ValueError) as e:
             fail(f'metrics.jsonl in {folder} cannot be drawn ({get_first_line(e)})',
                  'name the out_dir of another run with --runs')
     png = png or os.path.join(folders[0], 'loss.png')

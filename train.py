@@ -274,7 +274,7 @@ def save_after_error(frames):
     is_new = iter_num > first_iter and not optimizers.is_updating(frames)
     if is_new and distributed.can_gather(raw_model, optimizer):
         save_checkpoint(is_best=False)
-        report.print_rescue(run_dir, out_dir, iter_num)
+        report.print_rescue(run_dir, out_dir, iter_num, ddp_world_size)
 
 
 def start_wandb():

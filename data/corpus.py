@@ -81,8 +81,9 @@ def make_meta(text):
 def encode_chars(text, meta):
     """The ids of the text's characters, an integer array."""
     codes = np.frombuffer(text.encode('utf-32-le'), dtype=np.uint32)  # one code point each
-    table = np.zeros(max(map(ord, meta['stoi'])) + 1, dtype=np.int64)
-    table[[ord(c) for c in meta['stoi']]] = list(meta['stoi'].values())
+    ids = {ord(token): i for token, i in meta['stoi'].items() if len(token) == 1}
+    table = np.zeros(max(ids) + 1, dtype=np.int64)
+    table[list(ids)] = list(ids.values())
     return table[codes]
 
 
@@ -141,8 +142,11 @@ def write_splits(folder, train_ids, val_ids, meta, start_time, config_file, **fl
 
 
 def read_block_size(config_file):
-    """The block_size that a config file sets, or train.py's."""
-    with open(os.path.join(ROOT, config_file), encoding='utf-8') as f:
+    """The block_size that a config file sets, or train.py's. 0 if the file isn't there."""
+    path = os.path.join(ROOT, config_file)
+    if not os.path.isfile(path):  # somebody has copied only this folder
+        return 0
+    with open(path, encoding='utf-8') as f:
         match = re.search(r'^block_size = (\d+)', f.read(), re.MULTILINE)
     return int(match[1]) if match else 1024
 

@@ -268,7 +268,7 @@ def attempt(part, case, call, *args):
     problem, counts = '', {}
     try:
         counts = call(*args) or {}
-    except (AssertionError, subprocess.TimeoutExpired) as e:
+    except (AssertionError, OSError, SystemExit, ValueError, subprocess.TimeoutExpired) as e:
         problem = ' '.join(str(e).split()) or 'it went wrong'
     result[part][case] = problem or counts
     outcome = ', '.join(f'{count} {name}' for name, count in counts.items())
@@ -291,7 +291,7 @@ with tempfile.TemporaryDirectory() as work:
     for i, (ranks, optim) in enumerate([(1, 'adamw'), (1, 'muon'), (2, 'adamw'), (2, 'muon')]):
         end = begin + minutes * (18 + 8 * i)  # after 70% of the time the files' turn comes
         result['bad'] += attempt('kills', f'{optim}, {ranks} ranks', kill_often, ranks, optim,
-                           (kills + i) // 4, end)
+                                 (kills + i) // 4, end)
     for kind, counts in try_files(files, begin + 60 * minutes, seed).items():
         result['bad'] += sum(counts[name] for name in counts if name not in GOOD_OUTCOMES)
         attempt('files', kind, counts.copy)

@@ -93,7 +93,7 @@ def copy_value(value):
     """A copy of nested values, with tensors on the CPU, and without types of numpy."""
     if isinstance(value, torch.Tensor):
         return value.detach().to('cpu', copy=True)
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and value.dtype.kind in 'biufc':
         return torch.from_numpy(value.copy())
     if isinstance(value, np.generic):
         return value.item()
@@ -191,11 +191,12 @@ def load_best(out_dir):
         pair = try_to_load(path)
         if not pair:
             continue
-        last_path = os.path.join(os.path.dirname(path), LAST)
-        iter_num = read_iter_num(last_path)
+        other_paths = [os.path.join(os.path.dirname(path), name) for name in (BEST, LAST)]
+        newest_path = max(other_paths, key=read_iter_num)
+        iter_num = read_iter_num(newest_path)
         if iter_num > pair[0]['iter_num']:
-            note(f'{path} is from iteration {pair[0]["iter_num"]}; {last_path} is newer, from '
-                 f'iteration {iter_num}; to use that: {format_command(out_dir=last_path)}')
+            note(f'{path} is from iteration {pair[0]["iter_num"]}; {newest_path} is newer, from '
+                 f'iteration {iter_num}; to use that: {format_command(out_dir=newest_path)}')
         return pair
     fail_without_checkpoint(out_dir)
 
@@ -211,10 +212,11 @@ def try_to_load(path):
 
 
 def fail_without_checkpoint(out_dir):
+    """Fails because there is nothing to read, and says what may help."""
     problem = f'{out_dir} has no checkpoint that can be read'
     remedy = "train first, or name the run's folder with --out_dir"
     if not os.path.lexists(out_dir):
-        problem = f'{out_dir} does not exist'
+        problem = f'the folder {out_dir!r} does not exist'
     elif os.path.exists(os.path.join(out_dir, 'config.json')):
         remedy = f'it is a folder for transformers: use --init_from={shlex.quote(out_dir)}'
     elif exists(out_dir):
@@ -260,10 +262,10 @@ def find_meta(state, path):
     if 'meta' in state or is_gpt2_vocabulary(state['model_args']['vocab_size']):
         return state.get('meta')
     name = state.get('config', {}).get('dataset', '')
-    data_dir = locate_data(name) if isinstance(name, str) else None
     meta = read_meta(os.path.dirname(path))
-    if not meta and data_dir:
-        meta = read_meta(data_dir)
+    if not meta and isinstance(name, str):
+        data_dir = locate_data(name)
+        meta = data_dir and read_meta(data_dir)
     check_vocabulary(meta, state, f'dataset {name!r} on this machine', path,
                      'put the meta.pkl of its dataset next to the checkpoint')
     return meta

@@ -139,7 +139,7 @@ def read_number(value):
 
 
 def read_loss(value):
-    """A loss; infinity for NaN, than which no loss would ever be better."""
+    """A loss. NaN becomes infinity: otherwise no later loss would be better."""
     loss = read_number(value)
     return math.inf if math.isnan(loss) else loss
 

@@ -46,20 +46,24 @@ def run_config_file(arg, space, own_settings, other_settings):
     except BaseException as e:  # exit() must not end the program without a word
         mistakes.append(explain_exception(arg, path, e))
     mistakes += check_settings(arg, space, earlier, own_settings)
-    # del and `from time import time` must not take a module from the script
+    # del, `from time import time` and `note = 'x'` must not take what the script has imported
     space.update({name: value for name, value in earlier.items()
-                  if name not in space or is_module(value) and not is_module(space[name])})
-    helpers = list_helpers(tree)
-    new_names = [name for name in space if name not in earlier and name not in helpers]
+                  if name not in space or is_module(value) and not is_module(space[name])
+                  or callable(value) and not callable(space[name])})
+    helpers, loop_names = list_reads(tree), list_loop_names(tree)
+    new_names = [name for name in space if name not in earlier and name not in loop_names]
     known_names = [*own_settings, *other_settings]
     warnings = []
     for name in new_names:
         if is_module(space[name]) or callable(space[name]) or name[0] == '_':
             continue
         hint = suggest(name.lower(), known_names)
-        if is_close(name, known_names):
+        matches = find_matches(name, known_names)
+        if matches and name not in helpers:
             mistakes.append(f'unknown setting {name} in {arg}{hint}')
-        elif ALIASES.get(name.lower()) in known_names:
+        elif matches and space[matches[0]] is earlier.get(matches[0]):  # the file only reads it
+            warnings.append(f'{name} in {arg} is not a setting{hint}')
+        elif ALIASES.get(name.lower()) in known_names and name not in helpers:
             warnings.append(f'{name} in {arg} has no effect{hint}')
     return mistakes, warnings
 
@@ -117,23 +121,23 @@ def check_settings(arg, space, earlier, own_settings):
 
 
 def is_module(value):
+    """Whether the value is a module."""
     return isinstance(value, types.ModuleType)
 
 
-def list_helpers(tree):
-    """The names that a config file reads, or that its loops and `with` statements set."""
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-            names.add(node.id)
-        target = None
-        if isinstance(node, ast.For):
-            target = node.target
-        elif isinstance(node, ast.withitem):
-            target = node.optional_vars
-        if target:
-            names.update(part.id for part in ast.walk(target) if isinstance(part, ast.Name))
-    return names
+def list_reads(tree):
+    """The names that a config file reads."""
+    return {node.id for node in ast.walk(tree)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+
+
+def list_loop_names(tree):
+    """The names that its loops and `with` statements set."""
+    targets = [node.target for node in ast.walk(tree) if isinstance(node, ast.For)]
+    targets += [node.optional_vars for node in ast.walk(tree)
+                if isinstance(node, ast.withitem) and node.optional_vars]
+    return {part.id for target in targets for part in ast.walk(target)
+            if isinstance(part, ast.Name)}
 
 
 def explain_argument(arg, own_settings):
@@ -171,7 +175,8 @@ def suggest(name, names, prefix=''):
     return f' (did you mean {prefix}{matches[0]}?)'
 
 
-def is_close(name, names):
-    """Whether the name is a misspelling of a known one, in upper or lower case."""
-    known_names = [known_name.lower() for known_name in names]
-    return bool(difflib.get_close_matches(name.lower(), known_names, n=1, cutoff=CLOSENESS))
+def find_matches(name, names):
+    """The known name of which this is a misspelling, in upper or lower case, in a list."""
+    names_by_spelling = {known_name.lower(): known_name for known_name in names}
+    matches = difflib.get_close_matches(name.lower(), names_by_spelling, n=1, cutoff=CLOSENESS)
+    return [names_by_spelling[match] for match in matches]

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import io
 import os
+import select
 import shlex
 import sys
 import time
@@ -19,6 +20,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the reposi
 SYSTEM_ERRORS = {
     'EACCES', 'EPERM', 'EROFS', 'ENOSPC', 'EDQUOT', 'EFBIG', 'EIO', 'EMFILE', 'ENFILE', 'ENOTDIR',
     'EISDIR', 'ELOOP', 'ENOLINK', 'ENAMETOOLONG', 'ESTALE', 'EEXIST', 'EADDRINUSE'}
+REMEDIES = {
+    **dict.fromkeys(('ENOSPC', 'EDQUOT'), 'make room on that disk, or write to another one'),
+    **dict.fromkeys(('EACCES', 'EPERM', 'EROFS'), 'change the permissions, or use another folder')}
 _explainers = []  # see explain_errors()
 _exit = sys.exit  # see exit_by()
 _last_act = _argv = None  # see act_before_errors()
@@ -78,7 +82,7 @@ def fail(what, remedy='', who='rank 0'):
     rank = os.environ.get('RANK', '0')
     local_rank = os.environ.get('LOCAL_RANK', '0')
     report_error(what, remedy, who == 'rank' or who == 'node' and local_rank == '0')
-    run_last_act([frame for frame, _ in traceback.walk_stack(sys._getframe())])
+    run_last_act(traceback.walk_stack(sys._getframe()))
     if rank != '0':
         time.sleep(10)  # torchrun ends all ranks when one exits: rank 0 must report first
     _exit(1)
@@ -159,14 +163,15 @@ def act_before_errors(act):
         shell.events.register('post_run_cell', act_after_error)
 
 
-def run_last_act(frames):
+def run_last_act(steps):
+    """Does what act_before_errors() asked for. steps are those of traceback.walk_tb()."""
     global _last_act
     act, _last_act = _last_act, None  # an error in it must not call it again
     argv = sys.argv
     try:
         if act:
             sys.argv = _argv  # a notebook has its own again
-            act(frames)
+            act([frame for frame, _ in steps])
     except Exception as e:
         warn(f'nothing could be saved after the error ({get_first_line(e)})')
     finally:
@@ -175,8 +180,7 @@ def run_last_act(frames):
 
 def act_after_error(*_):
     """Does what is still to be done after the last error that Python or IPython has printed."""
-    trace = getattr(sys, 'last_traceback', None)
-    run_last_act([frame for frame, _ in traceback.walk_tb(trace)])
+    run_last_act(traceback.walk_tb(getattr(sys, 'last_traceback', None)))
 
 
 def explain_system_error(e):
@@ -185,9 +189,9 @@ def explain_system_error(e):
         e = e.__context__  # torch's writer hides the system's error behind its own
     if isinstance(e, OSError) and errno.errorcode.get(e.errno) in SYSTEM_ERRORS:
         place = f'{shorten_path(e.filename)}: ' if isinstance(e.filename, str) else ''
-        return place + e.strerror, ''
+        return place + e.strerror, REMEDIES.get(errno.errorcode[e.errno], '')
     if 'No space left on device' in str(e):  # from a library that isn't written in Python
-        return 'No space left on device', ''
+        return 'No space left on device', REMEDIES['ENOSPC']
 
 
 def prepare_terminal():
@@ -209,9 +213,9 @@ def prepare_terminal():
     earlier_hook = sys.excepthook
 
     def hook(kind, e, trace):
-        if issubclass(kind, BrokenPipeError):
+        if issubclass(kind, BrokenPipeError) and is_broken(sys.stdout):
             silence(sys.stdout)
-            run_last_act([frame for frame, _ in traceback.walk_tb(trace)])
+            run_last_act(traceback.walk_tb(trace))
             sys.exit(141)  # as the shell reports a program that SIGPIPE has ended
         explanations = [explain(e) for explain in _explainers]
         explanation = next(filter(None, explanations), None)
@@ -219,7 +223,7 @@ def prepare_terminal():
             report_error(*explanation, any_rank=True)
         elif not issubclass(kind, KeyboardInterrupt):
             earlier_hook(kind, e, trace)
-        run_last_act([frame for frame, _ in traceback.walk_tb(trace)])
+        run_last_act(traceback.walk_tb(trace))
         if _exit is not sys.exit:
             atexit.register(_exit, 1)  # not here: torch.distributed prints later what came here
 
@@ -239,6 +243,15 @@ def open_closed_streams():
     sys.stdin = sys.stdin or open(os.devnull)
     sys.stdout = sys.stdout or open(os.devnull, 'w')
     sys.stderr = sys.stderr or open(os.devnull, 'w')
+
+
+def is_broken(stream):
+    """Whether nobody reads any more what is written to the stream."""
+    if not hasattr(select, 'poll'):  # Windows
+        return True
+    poll = select.poll()
+    poll.register(stream.fileno(), select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def silence(stream):

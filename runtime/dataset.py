@@ -38,8 +38,11 @@ def find_data(name):
         return folder
     prepare = os.path.join(ROOT, 'data', name, 'prepare.py')
     if not os.path.isfile(prepare):
-        fail(f'dataset {name!r} was not found: neither {name} nor data/{name} is a folder with '
-             'train.bin and val.bin', 'to prepare your own text: '
+        places = f'neither {name} nor data/{name} is'
+        if os.path.isabs(name):
+            places = 'it is not'
+        fail(f'dataset {name!r} was not found: {places} a folder with train.bin and val.bin',
+             'to prepare your own text: '
              'python data/text/prepare.py --input=FILE --name=NAME')
     with open(prepare, encoding='utf-8') as f:
         description = ast.get_docstring(ast.parse(f.read())) or 'no description'

@@ -247,6 +247,13 @@ def can_gather(model, optimizer, seconds=5):
     return not has_parts or count == dist.get_world_size()
 
 
+def gather_objects(value):
+    """The values of all ranks, as a list. They travel over the CPU."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_group)
+    return values
+
+
 _group, _vote = None, None  # for agree(): a process group on CPUs, and the last vote
 _store = None  # what all ranks share
 

@@ -11,6 +11,7 @@ from runtime.console import fail
 
 KINDS = {stat.S_IFDIR: 'folder', stat.S_IFIFO: 'pipe', stat.S_IFSOCK: 'socket',
          stat.S_IFCHR: 'device', stat.S_IFBLK: 'device'}
+MISSING = errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG
 NUM_PIECES = 64  # pieces of a file that its fingerprint looks at
 PIECE_BYTES = 4096
 
@@ -34,9 +35,12 @@ def check_file(path):
     """OSError unless path is a regular file; FileNotFoundError only if nothing is there."""
     try:
         mode = os.stat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError) as e:
-        if os.path.islink(path):
+    except (OSError, ValueError) as e:
+        if isinstance(e, OSError) and e.errno not in MISSING:
+            raise
+        if isinstance(e, OSError) and os.path.islink(path):
             raise OSError(errno.ENOLINK, 'it is a link that leads nowhere', path) from e
+        # ValueError: no file has a zero character in its name
         raise FileNotFoundError(errno.ENOENT, 'there is no such file', path) from e
     if not stat.S_ISREG(mode):
         kind = KINDS.get(stat.S_IFMT(mode), 'special file')
@@ -50,7 +54,7 @@ def replace(path):
     So path is never incomplete. When the block ends the bytes are on the disk. OSError if the
     folder was renamed meanwhile: another one of this name may have its own file there.
     """
-    temp_path = path + '.tmp'
+    temp_path = f'{path}.tmp'
     with contextlib.suppress(FileNotFoundError):
         os.remove(temp_path)  # of a crash
     with open(temp_path, 'xb') as f:  # x never writes through a link

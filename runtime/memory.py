@@ -15,6 +15,9 @@ try:
 except ImportError:  # Windows
     resource = None
 
+# on Linux: what tells the control groups of this process, and their folder
+GROUPS = '/proc/self/cgroup', '/sys/fs/cgroup'
+
 
 def estimate_training_bytes(config, num_params, optimizer_bytes, batch_size, dtype,
                             device_type='cuda', stores_logits=True, compile=False,
@@ -90,25 +93,30 @@ def read_available_bytes():
 def list_group_bytes():
     """Bytes that each control group of this process has left: of a container or a batch job."""
     try:
-        with open('/proc/self/cgroup') as f:
+        with open(GROUPS[0]) as f:
             lines = [line.strip().split(':', 2) for line in f]
     except OSError:
         return
     for _, controllers, path in lines:
-        folder, limit_name, usage_name = '/sys/fs/cgroup', 'memory.max', 'memory.current'
+        folder, limit_name, usage_name = GROUPS[1], 'memory.max', 'memory.current'
         if controllers:  # version 1 has a folder for each controller
             folder, limit_name, usage_name = (
-                '/sys/fs/cgroup/memory', 'memory.limit_in_bytes', 'memory.usage_in_bytes')
+                f'{GROUPS[1]}/memory', 'memory.limit_in_bytes', 'memory.usage_in_bytes')
         if controllers and 'memory' not in controllers.split(','):
             continue
         parts = [part for part in path.split('/') if part]
         for depth in range(len(parts) + 1):  # the groups around it have limits, too
             group = os.path.join(folder, *parts[:depth])
-            with contextlib.suppress(OSError, ValueError):  # 'max' is no number: there is no limit
+            with contextlib.suppress(OSError, ValueError):  # ValueError: 'max' means no limit
                 with open(os.path.join(group, limit_name)) as f:
                     limit_bytes = int(f.read())
                 with open(os.path.join(group, usage_name)) as f:
-                    yield max(0, limit_bytes - int(f.read()))
+                    used_bytes = int(f.read())
+                with open(os.path.join(group, 'memory.stat')) as f:
+                    sizes = dict(map(str.split, f))
+                # the cache of files counts as used, and is given up when memory is needed
+                used_bytes -= int(sizes.get('total_inactive_file', sizes.get('inactive_file', 0)))
+                yield max(0, limit_bytes - used_bytes)
 
 
 def list_limit_bytes():

@@ -36,6 +36,7 @@ NUMBERS = dict(zip('b1 i1 i2 i4 i8 u1 u2 u4 u8 f4 f8'.split(), '?bhiqBHIQfd'))  
 # a call and 4 for a byte of text: so 0.6 GB at most, and 7 bytes more for each byte of the file
 FREE_OPERATIONS = 2 ** 22
 CONTAINER_COST, CALL_COST = 4, 8  # operations
+COLLISION_COST = 400  # of a key that may have the same hash as many others, which takes time
 MAX_DEPTH = 100  # of containers inside one another
 
 
@@ -70,7 +71,8 @@ class Reader:
         self.outer_stacks = []
         self.memo = {}
         self.containers = []  # all of them, so that no id comes twice
-        self.depths = {}  # {id: depth} of containers, negative for those inside another one
+        self.depths = {}  # {id: depth} of containers
+        self.nested_ids = set()  # of those inside another one
 
     def take(self, opcode):
         """The operands of an operation, from the stack; those since the last mark come last."""
@@ -142,25 +144,23 @@ class Reader:
     def update(self, container, items):
         """Sets the dict's items, unless they have keys whose hash may take long."""
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if is_plain_key(key):
+            is_costly = can_collide(key)
+            if is_plain_key(key) and not (is_costly and self.is_meta):
+                self.spend(COLLISION_COST if is_costly else 0)
                 container[key] = value
             elif not self.is_meta:
                 raise ValueError('it has a key that is not a text or a number')
 
     def measure(self, container, items):
         """The container. ValueError if it is too deep with these items in it, or in itself."""
-        depth = 1
-        for item in items:
-            if id(item) in self.depths:
-                inner_depth = abs(self.depths[id(item)])
-                self.depths[id(item)] = -inner_depth
-                depth = max(depth, 1 + inner_depth)
+        self.nested_ids.update(id(item) for item in items if id(item) in self.depths)
+        depth = 1 + max((self.depths.get(id(item), 0) for item in items), default=0)
         earlier_depth = self.depths.get(id(container), 0)
         # pickle completes a container before it is put into another one, whose depth is then right
-        if depth > MAX_DEPTH or depth > -earlier_depth > 0:
+        is_too_late = id(container) in self.nested_ids and depth > earlier_depth
+        if depth > MAX_DEPTH or is_too_late:
             raise ValueError(f'it has more than {MAX_DEPTH} containers inside one another')
-        if depth > earlier_depth >= 0:
-            self.depths[id(container)] = depth
+        self.depths[id(container)] = max(depth, earlier_depth)
         if not earlier_depth:
             self.containers.append(container)
         return container
@@ -205,6 +205,11 @@ def is_plain_key(key, depth=2):
     return type(key) in (str, int, float, bool, bytes, type(None))
 
 
+def can_collide(key):
+    """Whether a file may have many keys like this one with the same hash."""
+    return type(key) is tuple or type(key) is int and key.bit_length() > 64
+
+
 # -----------------------------------------------------------------------------
 # each takes the place of a function that a pickle may name
 def skip_plain(*args):
@@ -231,6 +236,8 @@ def list_items(items=()):
     """The items of a set."""
     if not all(map(is_plain_key, items)):
         raise ValueError('it has a set of other things than texts and numbers')
+    if sum(map(can_collide, items)) > FREE_OPERATIONS // COLLISION_COST:
+        raise ValueError('it has a set that takes long to make')
     return list(items)
 
 

@@ -1,6 +1,7 @@
 """
 Runs that were in a folder before: a new one moves them to previous-1, previous-2, ... in it.
 """
+import contextlib
 import glob
 import itertools
 import json
@@ -22,8 +23,9 @@ PREVIOUS = 'previous'
 
 
 def exists(out_dir):
-    """Whether out_dir has a checkpoint to resume from, or a file that should be one."""
-    return any(os.path.lexists(os.path.join(out_dir, name)) for name in (BEST, LAST))
+    """Whether out_dir has a checkpoint, or a file that should be one, or is itself a file."""
+    paths = [os.path.join(out_dir, name) for name in (BEST, LAST)]
+    return os.path.isfile(out_dir) or any(map(os.path.lexists, paths))
 
 
 def read_values(path):
@@ -37,9 +39,12 @@ def read_values(path):
 
 
 def read_iter_num(path):
-    """The iter_num in a checkpoint, without its tensors; -1 if that can't be read."""
-    iter_num = read_values(path).get('iter_num')
-    return iter_num if type(iter_num) is int else -1
+    """The iter_num in a checkpoint; -1 if it can't be read, 0 if it has none or has a tensor."""
+    values = read_values(path)
+    try:
+        return int(values.get('iter_num', 0)) if values else -1
+    except (OverflowError, TypeError, ValueError):  # it may be anything
+        return 0
 
 
 def read_newest_iter_num(folder):
@@ -47,17 +52,20 @@ def read_newest_iter_num(folder):
     return max(read_iter_num(os.path.join(folder, name)) for name in (BEST, LAST))
 
 
-def read_argv(folder):
-    """The words of the command that started the run in the folder, if it has them, or else ours."""
-    argv = sys.argv
+def format_continuation(folder):
+    """The command that continues the run in the folder, with the flags that it was started with."""
+    argv, ranks = sys.argv, 1
     try:
         with open(os.path.join(folder, METRICS), encoding='utf-8') as f:
             for line in f:
                 if '"event": "run"' in line:
-                    argv = [sys.argv[0], *map(str, json.loads(line)['argv'][1:])]
+                    event = json.loads(line)
+                    argv = [sys.argv[0], *map(str, event['argv'][1:])]
+                    ranks = event['world_size']
     except (LookupError, OSError, TypeError, ValueError):  # it may have anything in it
         pass
-    return argv
+    command = format_command(argv, out_dir=folder, init_from='resume')
+    return command if ranks == 1 else f'{command} (with torchrun, it had {ranks} ranks)'
 
 
 def list_previous_runs(out_dir):
@@ -76,16 +84,12 @@ def describe_previous_runs(out_dir):
     return f'earlier runs are in {", ".join(texts)}: use --out_dir={shlex.quote(runs[0][1])}'
 
 
-def choose_folder(out_dir, names):
-    """Makes out_dir/previous-1, or the next number that has none of these files, and returns it.
-
-    So a move that a crash has interrupted is completed.
-    """
+def make_next_folder(out_dir):
+    """Makes out_dir/previous-1, or the next number that is free, and returns its path."""
     for number in itertools.count(1):
         folder = os.path.join(out_dir, f'{PREVIOUS}-{number}')
-        is_taken = os.path.lexists(folder) and not os.path.isdir(folder)
-        if not is_taken and not any(os.path.lexists(os.path.join(folder, name)) for name in names):
-            os.makedirs(folder, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder)
             return folder
 
 
@@ -101,14 +105,13 @@ def move_run(out_dir):
     # the newest state last: a crash in between must not make an older one the newest
     names = [name for name in (METRICS, PICTURE, BEST, LAST)
              if os.path.lexists(os.path.join(out_dir, name))]
-    folder = choose_folder(out_dir, names)
+    folder = make_next_folder(out_dir)
     for name in names:
         move(os.path.join(out_dir, name), os.path.join(folder, name))
-    command = format_command(read_argv(folder), out_dir=folder, init_from='resume')
     if iter_num < 0:
         return say(f'{out_dir} had a checkpoint that cannot be read: it is now in {folder}')
     say(f'{out_dir} already had a run of {iter_num} iterations: it is now in {folder}; '
-        f'to continue it: {command}')
+        f'to continue it: {format_continuation(folder)}')
 
 
 def move(path, new_path):
@@ -125,7 +128,7 @@ def keep_best(out_dir):
 
     Its best loss can't be compared with the new one: it is of other data, or of another model.
     """
-    folder = choose_folder(out_dir, (METRICS, BEST))
+    folder = make_next_folder(out_dir)
     shutil.copyfile(os.path.join(out_dir, METRICS), os.path.join(folder, METRICS))
     path, copy = os.path.join(out_dir, BEST), os.path.join(folder, BEST)
     try:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from runtime import restore
 from runtime.console import ROOT, fail, say, shorten, warn
+from runtime.distributed import gather_objects
 from runtime.files import describe_changes
 
 # settings that may differ from one machine to another
@@ -36,8 +37,7 @@ def check_ranks(config, data_id):
     facts['torch'] = torch.__version__
     facts.update(hash_sources())
     facts.update({f'{split}.bin': value['hash'] for split, value in data_id.items()})
-    facts_by_rank = [None] * dist.get_world_size()
-    dist.all_gather_object(facts_by_rank, facts)
+    facts_by_rank = gather_objects(facts)
     first_facts = facts_by_rank[0]
     for rank, facts in enumerate(facts_by_rank):
         # somebody may import a module only on rank 0, which does not matter
@@ -53,9 +53,7 @@ def check_iterations(iter_num, out_dir):
     """Fails if the ranks found checkpoints of different iterations."""
     if not dist.is_initialized():
         return
-    numbers = [None] * dist.get_world_size()
-    dist.all_gather_object(numbers, iter_num)
-    if len(set(numbers)) > 1:
+    if len(set(gather_objects(iter_num))) > 1:
         fail(f'the ranks found different checkpoints in {out_dir}: '
              f'rank {dist.get_rank()} is at iteration {iter_num}',
              'out_dir must be a folder that all machines share, or the same on each', who='rank')

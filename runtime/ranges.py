@@ -24,13 +24,14 @@ NONE_MEANS = dict(top_k=0, grad_clip=0, save_interval=0, dropout=0, top_p=1, rop
 INFINITY_MEANS = dict(top_k=0, grad_clip=0, save_interval=0, max_iters=10 ** 18,
                       lr_decay_iters=10 ** 18, eval_interval=10 ** 18, log_interval=10 ** 18,
                       max_bad_steps=10 ** 18)
-PATHS = ('dataset', 'init_from', 'input', 'png', 'runs')  # and all *_dir and *_path
+PATHS = ('dataset', 'init_from', 'input', 'png', 'runs', 'vocabulary')  # and all *_dir and *_path
 
 # (what a value must be, the test of it, the settings)
 RANGES = (
     ('at least 1', lambda v: v >= 1, (
         'n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'gradient_accumulation_steps',
-        'eval_interval', 'log_interval', 'max_bad_steps', 'num_samples', 'max_bytes', 'repeats')),
+        'eval_interval', 'log_interval', 'max_bad_steps', 'num_samples', 'max_bytes', 'repeats',
+        'part')),
     ('at least 0', lambda v: v >= 0, (
         'max_iters', 'warmup_iters', 'lr_decay_iters', 'save_interval', 'eval_iters', 'bigrams',
         'weight_decay', 'grad_clip', 'learning_rate', 'min_lr', 'rope_base', 'embd_conv',
@@ -208,7 +209,6 @@ def find_mistakes(config):
         if name in config and config[name] not in choices:
             mistakes.append(f'{name}={config[name]!r} is not known '
                             f'(use {", ".join(map(str, choices[:-1]))} or {choices[-1]})')
-    mistakes += [f'{name} is empty' for name in ('out_dir', 'dataset') if config.get(name) == '']
     for name in ('backend', 'device'):
         if isinstance(config.get(name), bool):
             mistakes.append(f'{name}={config[name]} must be a text')

@@ -152,18 +152,16 @@ def print_end(out_dir, path, iter_num, finished, eval_only, stop_signal, has_fai
                      remedy)
         return status or 1
     if finished:
-        best_path = os.path.join(out_dir, checkpoint.BEST)
+        folder = os.path.dirname(path)  # somebody may have renamed out_dir
+        best_path = os.path.join(folder, checkpoint.BEST)
         target = 'it'
         if path != best_path and os.path.exists(best_path):  # sample.py prefers that one
             target = f'the best, {best_path}'
         say(f'saved {path} after {iter_num} iterations; sample from {target}: '
-            f'{format_script("sample.py", f"--out_dir={out_dir}")}')
+            f'{format_script("sample.py", f"--out_dir={folder}")}')
     elif stop_signal:
-        command = format_resume(path, out_dir)
-        if ranks > 1:
-            command = 'the same command with --init_from=resume'
         say(f'stopped by {signal.Signals(stop_signal).name} after {iter_num} iterations; '
-            f'saved {path}; to continue: {command}')
+            f'saved {path}; to continue: {format_resume(path, out_dir, ranks)}')
     elif not has_failed:  # somebody has left the loop by a way of their own
         say(f'stopped after {iter_num} iterations; saved {path}')
         status = 0
@@ -175,21 +173,23 @@ def print_end(out_dir, path, iter_num, finished, eval_only, stop_signal, has_fai
     return status
 
 
-def format_resume(path, out_dir):
+def format_resume(path, out_dir, ranks):
     """The command that continues the run of the checkpoint at path."""
     flags = {'init_from': 'resume'}
     folder = os.path.dirname(path)
     if folder != out_dir:  # somebody has renamed it
         flags['out_dir'] = folder
+    if ranks > 1:  # torchrun's own options aren't known here
+        return f'the same command with {" ".join(f"--{key}={flags[key]}" for key in flags)}'
     return format_command(**flags)
 
 
-def print_rescue(run_dir, out_dir, iter_num):
+def print_rescue(run_dir, out_dir, iter_num, ranks):
     """Waits until the state is saved after an error, and prints where it is."""
     path = run_dir.close(iter_num) if run_dir else None
     if path:
         note(f'the state after {iter_num} iterations is in {path}; '
-             f'to continue: {format_resume(path, out_dir)}')
+             f'to continue: {format_resume(path, out_dir, ranks)}')
 
 
 # -----------------------------------------------------------------------------

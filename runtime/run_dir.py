@@ -37,6 +37,7 @@ class RunDir:
     def __init__(self, path):
         """Locks the folder, if it exists; fails if another run has locked it."""
         self.path = path
+        self.start_folder = os.getcwd()  # it may be removed, too
         self.folder = None  # a descriptor of the folder, which has the lock, or
         self.lock = None  # of a file in it
         self.newest_name = None  # the name of the file that has, or will have, the newest state
@@ -45,6 +46,8 @@ class RunDir:
         self.thread = None
         self.move_lock = threading.Lock()  # this thread and that one look where the folder is
         self.can_log = True
+        if not path:
+            fail('out_dir is empty', 'name a folder with --out_dir')
         if os.path.lexists(path) and not os.path.isdir(path):
             fail(f'{path} is not a folder, and a run saves in a folder', 'name one with --out_dir')
         earlier_run = _runs.pop(threading.get_ident(), None)
@@ -65,7 +68,7 @@ class RunDir:
         try:
             os.makedirs(self.path, exist_ok=True)
             self.acquire_lock()
-            is_file(os.path.join(self.path, METRICS))
+            is_file(os.path.join(self.path, METRICS))  # fails if it is something else
             for name in (BEST, LAST):
                 temp_path = os.path.join(self.path, name + '.tmp')
                 if os.path.lexists(temp_path):
@@ -100,6 +103,7 @@ class RunDir:
                  'it')
 
     def release_lock(self):
+        """Unlocks the folder."""
         for descriptor in (self.lock, self.folder):
             if descriptor is not None:
                 os.close(descriptor)
@@ -111,14 +115,18 @@ class RunDir:
         OSError if that is impossible: another run may have a folder of that name.
         """
         with self.move_lock:
-            if not fcntl or self.folder is not None and is_same_folder(self.folder, self.path):
-                return os.makedirs(self.path, exist_ok=True)
+            if not fcntl:
+                os.makedirs(self.path, exist_ok=True)
+                return
+            if self.folder is not None and is_same_folder(self.folder, self.path):
+                return
             new_path = find_path(self.folder)
             if new_path and is_same_folder(self.folder, new_path):
                 warn(f'{self.path} is now {new_path}, and the run continues there')
                 self.path = new_path
                 return
             self.release_lock()
+            self.path = os.path.join(self.start_folder, self.path)
             if previous_runs.exists(self.path):
                 raise OSError(errno.EEXIST, 'another run has a checkpoint there', self.path)
             os.makedirs(self.path, exist_ok=True)
@@ -245,7 +253,7 @@ def try_to_lock(descriptor):
 def find_lock_owner(descriptor):
     """The number of the process that has locked what is open there; None where that isn't known.
 
-    torchrun's processes go on if it is killed.
+    The processes of torchrun continue if it is killed.
     """
     status = os.fstat(descriptor)
     place = f'{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}'

@@ -113,8 +113,9 @@ def check(config):
 def read_own_settings(space):
     """{name: Setting} of the running script that has these globals, in order.
 
-    They are the globals of a setting's type that the script assigns itself, so that an imported
-    constant is none. If there is no source to read, as in `python -c`, all of them are settings.
+    They are the globals of a setting's type that the script assigns itself, so an imported
+    constant is not one of them. If there is no source to read, as in `python -c`, all of them are
+    settings.
     """
     try:
         assignments = list_assignments(read_source(space['__file__']))

@@ -218,6 +218,8 @@ def check_tables(stoi, itos):
         itos = dict(enumerate(itos))
     if not (isinstance(stoi, dict) and isinstance(itos, dict)):
         raise ValueError('its stoi and itos are not tables')
+    if not stoi or not itos:
+        raise ValueError('its stoi or itos is empty')
     if len(stoi) + len(itos) > MAX_TABLE_ITEMS:
         raise ValueError(f'its tables have more than {MAX_TABLE_ITEMS:,} items')
     stoi = {token: read_whole(i) for token, i in stoi.items()}
@@ -259,6 +261,8 @@ def read_meta(data_dir):
         if 'vocab_size' not in meta:
             return check_meta(meta)
         sizes = check_meta(sizes)
+    except OSError as e:
+        fail(f'{path} cannot be read ({e.strerror})', 'fix the access to it first')
     except Exception as e:  # a damaged pickle raises almost anything
         fail(f'{path} is not a readable table ({get_first_line(e)})', 'prepare the dataset again')
     try:

@@ -1,5 +1,6 @@
 """Checkpoint files: nanoGPT can read ours, damage is noticed, and no code in them is run."""
 import os
+import shutil
 
 import pytest
 import torch
@@ -213,6 +214,48 @@ def test_sampling_from_logits_that_are_not_finite_is_an_error(trained, tmp_path,
     out = run('sample.py', f'--out_dir={tmp_path}', option, ok=None)
     assert "\nerror: the model's logits are NaN or infinite" in out.stderr
     assert out.returncode == 1 and 'Traceback' not in out.stderr
+
+
+def test_a_val_loss_of_nan_does_not_replace_the_best(char_data, tmp_path):
+    args = [*TINY, f'--dataset={char_data}', f'--out_dir={tmp_path}', '--max_iters=2']
+    run('train.py', *args)
+    before = (tmp_path / 'ckpt.pt').read_bytes()
+    config = tmp_path / 'nan.py'
+    config.write_text("from runtime import distributed\n"  # it sums up the losses
+                      "distributed.all_reduce_sum = lambda x: x * float('nan')\n")
+    run('train.py', str(config), *args, '--max_iters=4', '--init_from=resume')
+    assert (tmp_path / 'ckpt.pt').read_bytes() == before
+    assert checkpoint.load(str(tmp_path / 'ckpt_last.pt'))['iter_num'] == 4
+
+
+@pytest.mark.parametrize('name', ['old.pt', 'ckpt_last.pt', 'ckpt.pt'])
+def test_a_newer_checkpoint_next_to_a_file_is_named(trained, tmp_path, name):
+    state = torch.load(os.path.join(trained, 'ckpt.pt'), weights_only=True)
+    newest = 'ckpt.pt' if name == 'ckpt_last.pt' else 'ckpt_last.pt'
+    torch.save({**state, 'iter_num': 10}, tmp_path / name)
+    torch.save({**state, 'iter_num': 30}, tmp_path / newest)
+    for path, is_old in ((tmp_path / name, True), (tmp_path / newest, False)):
+        err = run_here('sample.py', f'--out_dir={path}', '--num_samples=1',
+                       '--max_new_tokens=1').stderr
+        assert (f'{tmp_path / newest} is newer, from iteration 30' in err) == is_old
+
+
+def test_a_file_is_evaluated_by_auto_too(trained, char_data):
+    args = [*TINY, f'--dataset={char_data}', '--eval_only', '--init_from=auto']
+    out = run_here('train.py', *args, f'--out_dir={os.path.join(trained, "ckpt.pt")}').stdout
+    assert 'resumed from' in out
+
+
+@pytest.mark.parametrize('name', ['a\0b', 'x' * 300, '/root/../none', 5])
+def test_a_dataset_that_cannot_exist_does_not_hide_the_table_of_characters(trained, char_data,
+                                                                          tmp_path, name):
+    state = torch.load(os.path.join(trained, 'ckpt.pt'), weights_only=True)
+    del state['meta']  # as nanoGPT saves it
+    torch.save({**state, 'config': {'dataset': name}}, tmp_path / 'ckpt.pt')
+    args = ['sample.py', f'--out_dir={tmp_path}', '--num_samples=1', '--max_new_tokens=3']
+    assert 'next to the checkpoint' in run_here(*args, ok=False).stderr
+    shutil.copy(os.path.join(char_data, 'meta.pkl'), tmp_path)
+    run_here(*args)
 
 
 @pytest.mark.parametrize('spoil, is_kept', [

@@ -1,12 +1,13 @@
 """Config files and flags of scripts that run configurator.py. Each case runs its own script."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run
 
 SCRIPT = '''"""A script to configure."""
 import json
@@ -206,6 +207,21 @@ def test_helpers_are_accepted_without_a_word(tmp_path, text):
                                   'learning_rates = 1', 'for i in range(3):\n    batchsize = i'])
 def test_a_misspelled_setting_is_refused(tmp_path, text):
     assert 'in c.py (did you mean ' in mistake(tmp_path, 'c.py', c=text)
+
+
+@pytest.mark.parametrize('text', ['batchsize = 3\ntotal = 10 * batchsize',
+                                  'TOTAL = 5\nbatch_size = TOTAL'])
+def test_a_misspelled_setting_that_the_file_reads_is_a_warning(tmp_path, text):
+    result = call(tmp_path, 'c.py', c=text)
+    assert result.returncode == 0
+    assert re.fullmatch(r'warning: \w+ in c.py is not a setting \(did you mean \w+\?\)\n',
+                        result.stderr)
+
+
+def test_a_function_of_the_script_stays(trained, tmp_path):
+    (tmp_path / 'c.py').write_text('note = "baseline"\nGPT = 5\nnum_samples = 1\n')
+    args = [str(tmp_path / 'c.py'), f'--out_dir={trained}', '--max_new_tokens=2', '--device=cpu']
+    assert run('sample.py', *args).stdout
 
 
 def test_another_name_for_a_setting_has_no_effect_and_says_so(tmp_path):
@@ -452,6 +468,22 @@ def test_a_script_in_another_folder_than_configurator_and_runtime(tmp_path):
     result = subprocess.run([sys.executable, 'scripts/own.py', '--name=y'], cwd=tmp_path, env=env,
                             capture_output=True, text=True)
     assert (result.stdout, result.stderr) == ('y True\n', '')
+
+
+@pytest.mark.parametrize('folder', ['a', 'a/b'])
+def test_a_script_in_a_subfolder_that_is_the_current_one(tmp_path, folder):
+    shutil.copytree(os.path.join(ROOT, 'runtime'), tmp_path / 'runtime')
+    (tmp_path / folder).mkdir(parents=True)
+    path = os.path.relpath(ROOT, tmp_path / folder)
+    (tmp_path / folder / 'own.py').write_text(
+        f'import sys\nname = "x"\npath = list(sys.path)\n'
+        f'exec(open({os.path.join(path, "configurator.py")!r}).read())\n'
+        'import runtime\nprint(name, path == sys.path, runtime.__file__)')
+    env = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
+    result = subprocess.run([sys.executable, 'own.py', '--name=y'], cwd=tmp_path / folder, env=env,
+                            capture_output=True, text=True)
+    assert result.stderr == '' and result.stdout.startswith('y True ')
+    assert os.path.samefile(result.stdout.split()[-1], tmp_path / 'runtime' / '__init__.py')
 
 
 def test_a_copy_of_configurator_without_runtime_says_what_to_copy(tmp_path):

@@ -395,6 +395,29 @@ def test_another_text_with_the_vocabulary_of_a_run(tmp_path, trained, char_data)
     assert "lacks 2 characters of the text: '=u'" in err
     for source, words in ((tmp_path, 'no checkpoint'), (tmp_path / 'nothing', 'does not exist')):
         assert words in run(*args, f'--vocabulary={source}', ok=False).stderr
+    err = run(*args, f'--vocabulary={trained}', '--tokenizer=gpt2', ok=False).stderr
+    assert '--vocabulary has no effect' in err
+
+
+def test_a_vocabulary_with_longer_tokens(tmp_path, char_data, monkeypatch):
+    meta = pickle.loads(open(os.path.join(char_data, 'meta.pkl'), 'rb').read())
+    meta['stoi']['<pad>'] = meta['vocab_size']
+    meta['itos'][meta['vocab_size']] = '<pad>'
+    meta['vocab_size'] += 1
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    for split in ('train', 'val'):
+        shutil.copy(os.path.join(char_data, f'{split}.bin'), tmp_path)
+    (tmp_path / 'new.txt').write_text('1 and 1 make 2.\n' * 50)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    run_here('data/text/prepare.py', f'--input={tmp_path / "new.txt"}',
+             f'--out_dir={tmp_path / "new"}', '--vocabulary=~')
+    assert decode(meta, read_ids(tmp_path / 'new')[0]).startswith('1 and 1 make 2.\n')
+
+
+def test_parts_of_no_documents(tmp_path):
+    err = run_here('data/openwebtext/prepare.py', '--part=0', f'--out_dir={tmp_path / "x"}',
+                   ok=False).stderr
+    assert 'part=0 must be at least 1' in err
 
 
 @pytest.mark.parametrize('mark', ['\ufeff', ''])

@@ -38,6 +38,26 @@ def test_datasets_are_found_by_path_and_name(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'),
                     reason='needs Linux, where a process can ask for its pages')
+def test_a_bin_that_changes_while_it_is_mapped(tmp_path, capsys):
+    path = tmp_path / 'train.bin'
+    np.arange(5000, dtype='<u2').tofile(path)
+    tokens = dataset.open_bin(str(path), 8, 5000)
+    dataset.check_mapped_file(tokens)
+    os.utime(path, ns=(0, 5))
+    for _ in range(2):  # it is said once
+        dataset.check_mapped_file(tokens)
+    assert capsys.readouterr().err == f'warning: {path} was changed while the run reads it\n'
+    other = tmp_path / 'other.bin'
+    np.arange(10, dtype='<u2').tofile(other)
+    os.replace(path, tmp_path / 'kept.bin')
+    os.replace(other, path)  # the mapped file is now kept.bin
+    dataset.check_mapped_file(tokens)
+    os.replace(tmp_path / 'kept.bin', path)
+    os.truncate(path, 9998)
+    said = expect_error(capsys, dataset.check_mapped_file, tokens)
+    assert 'was cut short: it had 10,000 bytes and has 9,998' in said
+
+
 def test_what_was_read_of_a_bin_does_not_stay_in_the_process(tmp_path):
     def mapped():
         with open('/proc/self/status') as f:

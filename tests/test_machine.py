@@ -137,6 +137,39 @@ def test_free_memory_is_known_on_linux():
     assert free is None or 2 ** 20 < free < 2 ** 50
 
 
+@pytest.mark.parametrize('limit, name', [('RLIMIT_AS', 'VmSize'), ('RLIMIT_DATA', 'VmData')])
+def test_limits_of_the_process_count_as_free_memory_does(limit, name):
+    code = f"""if True:
+        import resource
+        import torch
+        from runtime import memory
+        with open('/proc/self/status') as f:
+            size = next(1024 * int(line.split()[1]) for line in f if line.startswith('{name}'))
+        resource.setrlimit(resource.{limit}, (size + 2 ** 28, size + 2 ** 28))
+        free_bytes = memory.read_free_memory('cpu')
+        rooms = [memory.has_room(n, 'cpu') for n in (2 ** 27, 2 ** 28)]
+        print(free_bytes, rooms == [True, False])"""
+    out = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
+                         check=True).stdout
+    free_bytes, is_right = out.split()
+    assert 0.9 * 2 ** 28 < int(free_bytes) <= 2 ** 28 and is_right == 'True'
+
+
+@pytest.mark.parametrize('files, free', [
+    ({'memory.max': '1000', 'memory.current': '900', 'memory.stat': 'anon 1\ninactive_file 300'},
+     400),
+    ({'memory.max': 'max', 'memory.current': '900', 'memory.stat': ''}, None),
+    ({'memory.max': '1000', 'memory.current': '2000', 'memory.stat': ''}, 0)])
+def test_limits_of_a_container(tmp_path, monkeypatch, files, free):
+    # this machine's own groups have no limits, so files in another folder stand for them
+    (tmp_path / 'job').mkdir()
+    for name, text in files.items():
+        (tmp_path / 'job' / name).write_text(text)
+    (tmp_path / 'cgroup').write_text('0::/job\n')
+    monkeypatch.setattr(memory, 'GROUPS', (str(tmp_path / 'cgroup'), str(tmp_path)))
+    assert list(memory.list_group_bytes()) == ([] if free is None else [free])
+
+
 @pytest.mark.parametrize('name, tera', [
     ('NVIDIA A100-SXM4-80GB', 312), ('NVIDIA H100 80GB HBM3', 989), ('NVIDIA H100 PCIe', 756),
     ('NVIDIA H100 NVL', 835), ('NVIDIA H200', 989), ('NVIDIA GH200 480GB', 989),

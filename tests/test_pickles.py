@@ -140,6 +140,21 @@ def test_tensors_with_hooks_are_refused():
             pickles.read(tensor % (b'}K\x01' + hook + b's'))
 
 
+@pytest.mark.parametrize('make_key', [lambda i: i * (2 ** 61 - 1), lambda i: (i, 'x'),
+                                      lambda i: ((i,), 1)])
+def test_keys_whose_hashes_may_collide_take_no_time(make_key):
+    def write(count):
+        return pickle.dumps({make_key(i): 1 for i in range(100, 100 + count)}, 2)
+    assert not pickles.read(write(10), is_meta=True)
+    assert len(pickles.read(write(1000))) == 1000
+    with pytest.raises(ValueError, match='more memory'):
+        pickles.read(write(12_000))
+    keys = [make_key(i) for i in range(12_000)]
+    set_of_keys = b'\x80\x02c__builtin__\nset\n' + pickle.dumps(keys, 2)[2:-1] + b'\x85R.'
+    with pytest.raises(ValueError, match='takes long'):
+        pickles.read(set_of_keys)
+
+
 @pytest.mark.parametrize('encoding', ['punycode', 'idna', 'utf-32', 'zip', 'rot13', 'latin-1'])
 def test_bytes_in_other_encodings(encoding):
     good = b'\x80\x02c_codecs\nencode\nX\x02\x00\x00\x00abX\x06\x00\x00\x00latin1\x86R.'
@@ -155,12 +170,13 @@ VALUE = {'a': [1, 2.5, None, True, (1, 2, 3, 4)], 'b': {1, 2}, 'c': b'abc', 'd':
          (('e', 1), 2): 'é', 3: {}, 4: (), 5: collections.OrderedDict(x=[]), 'f': torch.float16,
          6: collections.defaultdict(int, y=1), 'g': 3 * [b'a'], 'h': np.int64, 'i': np.float32(0.5)}
 PLAIN = {**VALUE, 'b': [1, 2], 'f': 'torch float16', 'h': 'numpy int64', 'i': 0.5}
+del PLAIN[('e', 1), 2]
 
 
 @pytest.mark.parametrize('protocol', range(6))
 def test_plain_values_in_every_protocol(protocol):
     assert pickles.read(pickle.dumps(VALUE, protocol), is_meta=True) == PLAIN
-    odd = {**VALUE, (1, (2, (3,))): 3, tuple(range(21)): 4, frozenset([5]): 6}
+    odd = {**VALUE, (1, (2, (3,))): 3, tuple(range(21)): 4, frozenset([5]): 6, 2 ** 80: 7}
     assert pickles.read(pickle.dumps(odd, protocol), is_meta=True) == PLAIN
 
 

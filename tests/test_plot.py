@@ -1,9 +1,13 @@
 """plot.py: what it reads of metrics.jsonl, and that a run leaves its picture."""
 import json
+import os
+import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import TINY, run, run_here, run_ranks
+from conftest import ROOT, TINY, run, run_here, run_ranks
 
 import plot
 
@@ -25,7 +29,7 @@ def test_a_run_leaves_its_picture(tmp_path, char_data):
     picture.unlink()
     picture.mkdir()  # if it can't be written, there is only a warning
     err = run('train.py', *args, '--max_iters=12', '--init_from=resume').stderr
-    assert 'warning: loss.png: IsADirectoryError' in err
+    assert 'warning: loss.png: OSError' in err and 'it is a folder' in err
 
 
 @pytest.fixture
@@ -92,12 +96,38 @@ def test_the_script(two_runs):
         assert words in run_here('plot.py', *args, ok=False).stderr
 
 
+@pytest.mark.parametrize('script', ['plot.py', 'train.py'])
+def test_a_picture_that_cannot_be_written_leaves_the_earlier_one(char_data, tmp_path, script):
+    args = [*TINY, f'--dataset={char_data}', f'--out_dir={tmp_path}', '--init_from=auto']
+    run_here('train.py', *args, '--max_iters=2')
+    before = (tmp_path / 'loss.png').read_bytes()
+    command = [script, f'--runs={tmp_path}']
+    if script == 'train.py':
+        command = [script, *args, '--max_iters=3']
+    shell = f'ulimit -f {len(before) // 2048}; exec {sys.executable} {shlex.join(command)}'
+    out = subprocess.run(['bash', '-c', shell], cwd=ROOT, capture_output=True, text=True)
+    assert 'File too large' in out.stderr and 'Traceback' not in out.stderr
+    assert (tmp_path / 'loss.png').read_bytes() == before
+    assert not (tmp_path / 'loss.png.tmp').exists()
+
+
+def test_a_picture_does_not_take_the_place_of_a_device(two_runs):
+    os.mkfifo(two_runs / 'pipe')
+    (two_runs / 'link').symlink_to('/dev/null')
+    for name in ('pipe', 'link'):
+        args = [f'--runs={two_runs / "a"}', f'--png={two_runs / name}']
+        assert 'and not a file' in run_here('plot.py', *args, ok=False).stderr
+    assert (two_runs / 'pipe').is_fifo() and (two_runs / 'link').is_char_device()
+
+
 def test_lines_that_are_not_a_runs_own_are_skipped(two_runs):
     before = plot.read_metrics(two_runs / 'a')
     own_lines = ['{"event": "note", "text": "x"}', '[' * 99999, '5', '{}',
                  '{"event": "eval", "iter": 50, "train/loss": "x", "val/loss": 1}']
     iteration = dict(event='iter', iter=50, ms=1, lr=1, loss=1, grad_norm=1)
-    own_lines += [json.dumps({**iteration, 'ms': 0})]
+    own_lines += [json.dumps({**iteration, key: value})
+                  for key, value in (('ms', 0), ('iter', 10 ** 400), ('lr', -10 ** 40),
+                                     ('loss', 1e300))]
     own_lines += [json.dumps({name: iteration[name] for name in iteration if name != key})
                   for key in iteration]
     with open(two_runs / 'a' / 'metrics.jsonl', 'a') as f:
@@ -110,7 +140,8 @@ RUN = json.dumps(dict(event='run', config=dict(gradient_accumulation_steps=1, ba
 
 
 @pytest.mark.parametrize('content', [
-    b'', b'not JSON\n', b'\xff\xfe\x00', b'3\n[]\n"x"\n', b'{"event": "iter", "iter": 3}\n',
+    RUN.replace('"batch_size": 1', f'"batch_size": {10 ** 400}').encode(), b'', b'not JSON\n',
+    b'\xff\xfe\x00', b'3\n[]\n"x"\n', b'{"event": "iter", "iter": 3}\n',
     RUN.encode(), b'{"event": "run"}\n', b'{"event": "run", "config": {}}\n',
     RUN.encode() + b'\n{"event": "iter"}\n', RUN.encode() + b'\n{"event": "other", "iter": 1}\n'])
 def test_metrics_that_cannot_be_drawn_are_one_line(tmp_path, content):

@@ -119,7 +119,7 @@ def test_settings_that_differ_from_the_checkpoints_are_one_line(trained, char_da
     for change in ('learning_rate=0.002 (it was 0.003)', 'batch_size=2 (it was 4)',
                    'seed=3 (it was 1337)', 'dropout=0.1 (it was 0.0)', 'eval_iters=2 (it was 4)'):
         assert change in new
-    assert 'weight_decay=0.1 come from the checkpoint' in old
+    assert 'weight_decay=0.1 come from the checkpoint' in old and 'weight_decay' not in new
     assert not re.search('n_layer|_interval', line)  # they change nothing that counts
     assert 'ignored, because the weights have other values: n_layer=3' in out
 
@@ -171,6 +171,18 @@ def test_paths_and_devices_of_ranks_may_differ(data, char_data, tmp_path):
                         last_args=[f'--dataset={data}', f'--out_dir={tmp_path / "other"}'])
     outputs = [rank.communicate() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
+
+
+def test_ranks_with_checkpoints_of_other_iterations_are_refused(char_data, trained, tmp_path):
+    state = torch.load(os.path.join(trained, 'ckpt.pt'), weights_only=True)
+    for name, iter_num in (('a', 60), ('b', 61)):
+        (tmp_path / name).mkdir()
+        torch.save({**state, 'iter_num': iter_num}, tmp_path / name / 'ckpt.pt')
+    ranks = start_ranks(2, 'train.py', *TINY, f'--dataset={char_data}', '--init_from=resume',
+                        f'--out_dir={tmp_path / "a"}', last_args=[f'--out_dir={tmp_path / "b"}'])
+    outputs = [rank.communicate()[1] for rank in ranks]
+    assert f'the ranks found different checkpoints in {tmp_path / "a"}' in outputs[0]
+    assert all(rank.returncode for rank in ranks)
 
 
 def test_the_sources_are_those_of_this_repository(tmp_path):

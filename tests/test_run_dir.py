@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -32,6 +33,11 @@ from runtime.run_dir import RunDir, find_lock_owner
 
 def make_state(iter_num, size=10):
     return dict(model={'w': torch.full((size,), float(iter_num))}, iter_num=iter_num)
+
+
+def make_folder(path):
+    path.mkdir()
+    return str(path)
 
 
 def make_id(text):
@@ -143,9 +149,26 @@ def test_moving_an_earlier_run_survives_a_crash(tmp_path, monkeypatch, moves):
         move_run(str(tmp_path))
     assert read_iter_num(tmp_path / 'ckpt_last.pt') == 2  # an older one must not be the newest
     move_run(str(tmp_path))
-    assert list_files(tmp_path) == ['previous-1']
-    assert read_iter_num(tmp_path / 'previous-1' / 'ckpt.pt') == 1
-    assert read_iter_num(tmp_path / 'previous-1' / 'ckpt_last.pt') == 2
+    assert not checkpoint.exists(str(tmp_path))
+    found = sorted(map(read_iter_num, tmp_path.glob('previous-*/ckpt*.pt')))
+    assert found == [1, 2] and list_previous_runs(str(tmp_path))[0][0] == 2
+
+
+def test_two_runs_never_share_a_folder(tmp_path):
+    (tmp_path / 'previous-1').mkdir()
+    checkpoint.save(make_state(7), str(tmp_path / 'previous-1'), is_best=False)
+    checkpoint.save(make_state(3), str(tmp_path))  # somebody has put it there
+    move_run(str(tmp_path))
+    assert list_files(tmp_path / 'previous-1') == ['ckpt_last.pt']
+    assert list_files(tmp_path / 'previous-2') == ['ckpt.pt']
+
+
+@pytest.mark.parametrize('value, iter_num', [(torch.tensor(30), 0), (30.0, 30), ('x', 0),
+                                             (float('nan'), 0), (None, 0)])
+def test_earlier_runs_of_other_programs_are_listed(tmp_path, value, iter_num):
+    torch.save({**make_state(0), 'iter_num': value}, tmp_path / 'ckpt.pt')
+    move_run(str(tmp_path))
+    assert list_previous_runs(str(tmp_path)) == [(iter_num, str(tmp_path / 'previous-1'))]
 
 
 def test_a_save_is_a_copy_of_the_moment_and_tied_tensors_stay_one(tmp_path):
@@ -334,6 +357,28 @@ def test_a_run_follows_its_folder(tmp_path, capsys):
     other.close()
 
 
+def test_a_folder_that_is_renamed_within_a_save(tmp_path, monkeypatch):
+    folder, aside = tmp_path / 'run', tmp_path / 'aside'
+    run_dir = start_run(folder)
+    save = checkpoint.save
+
+    def save_and_rename(*args, **options):
+        save(*args, **options)
+        folder.rename(aside)
+        other = start_elsewhere(folder)
+        other.save(make_state(100), is_best=False)
+        other.wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, 'save', lambda *args, **options: (
+            patch.setattr(checkpoint, 'save', save) or save_and_rename(*args, **options)))
+        run_dir.save(make_state(1), is_best=True)
+        run_dir.wait()
+    assert list_files(aside) == ['ckpt.pt', 'metrics.jsonl']
+    assert read_iter_num(folder / 'ckpt_last.pt') == 100  # the other run's
+    run_dir.close()
+
+
 def start_elsewhere(folder):
     """A run of another thread."""
     runs = []
@@ -352,6 +397,29 @@ def test_a_folder_that_is_renamed_twice_and_back(tmp_path):
         run_dir.wait()
         assert read_iter_num(tmp_path / name / 'ckpt.pt') == number
     assert run_dir.close() == str(folder / 'ckpt.pt')
+
+
+def test_a_folder_that_is_removed_together_with_the_current_one(tmp_path, monkeypatch):
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    run_dir = start_run('run')
+    shutil.rmtree(tmp_path / 'here')
+    run_dir.save(make_state(3), is_best=True)
+    path = tmp_path / 'here' / 'run' / 'ckpt.pt'
+    assert run_dir.close(3) == str(path) and read_iter_num(path) == 3
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_last_message_names_the_folder_that_was_renamed(char_data, tmp_path):
+    args = [*TINY, f'--dataset={char_data}', '--out_dir=run', '--eval_interval=1000000']
+    process = Process('train.py', *args, '--max_iters=3000', cwd=tmp_path)
+    wait_until(has_iterations(tmp_path / 'run', 1), process)
+    os.rename(tmp_path / 'run', tmp_path / 'aside')
+    checkpoint.save(make_state(5), make_folder(tmp_path / 'run'))
+    out, _ = process.communicate()
+    line = out.splitlines()[-1]
+    assert f'saved {tmp_path}/aside/ckpt.pt after 3000 iterations; sample from it' in line
+    assert f'--out_dir={tmp_path}/aside' in line
 
 
 @pytest.mark.parametrize('is_running', [True, False])
@@ -463,8 +531,15 @@ def test_an_earlier_run_whose_command_is_not_known(tmp_path, capsys, monkeypatch
     assert read_iter_num(tmp_path / 'previous-1' / 'ckpt.pt') == 5
 
 
-@pytest.mark.parametrize('value', [lambda: 1, threading.Lock(), 1 << 3000, {(1, (2, (3, (4,)))): 0},
-                                   sys.stdout])
+def test_the_command_for_a_run_of_several_ranks_says_so(tmp_path, capsys):
+    checkpoint.save(make_state(5), str(tmp_path))
+    (tmp_path / 'metrics.jsonl').write_text('{"event": "run", "argv": ["x", "a"], "world_size": 2}')
+    move_run(str(tmp_path))
+    assert ' --init_from=resume (with torchrun, it had 2 ranks)' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('value', [lambda: 1, np.array(['a']), threading.Lock(), 1 << 3000,
+                                   {(1, (2, (3, (4,)))): 0}, sys.stdout])
 def test_what_cannot_be_saved_is_left_out(tmp_path, capsys, value):
     run_dir = start_run(tmp_path)
     run_dir.save({**make_state(1), 'mine': value, 'other': 5}, is_best=True)

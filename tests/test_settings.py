@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import FAST, ROOT, TINY, run, run_here
 
+from runtime import ranges, settings
+
 SCRIPTS = ['train.py', 'sample.py', 'bench.py', 'convert.py', 'plot.py', *(
     f'data/{name}/prepare.py'
     for name in ('shakespeare_char', 'shakespeare', 'python_char', 'openwebtext', 'text'))]
@@ -201,6 +203,13 @@ def test_a_folder_instead_of_a_flag(trained, char_data, huggingface_folder):
         err = run_here(script, folder, ok=False).stderr
         assert err.startswith(f'error: {folder} is a folder, not a config file '
                               f'(did you mean --{setting}={folder}?); '), script
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_no_default_is_a_mistake(script):
+    own_settings = settings.read_settings(settings.read_source(os.path.join(ROOT, script)))
+    config = {name: setting.default for name, setting in own_settings.items()}
+    assert not ranges.find_mistakes(config) + ranges.find_wrong_paths(config)
 
 
 @pytest.mark.parametrize('name', ['', 'ckpt.pt'])

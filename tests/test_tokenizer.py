@@ -78,6 +78,14 @@ def test_meta_is_read(tmp_path):
     assert read_meta(str(tmp_path)) == META
 
 
+@pytest.mark.parametrize('tables', [{'stoi': {}, 'itos': {}}, {'stoi': {}, 'itos': {0: 'a'}},
+                                    {'stoi': {'a': 0}, 'itos': []}])
+def test_empty_tables_are_good_only_for_training(tmp_path, capsys, tables):
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 4, **tables}))
+    assert read_meta(str(tmp_path)) == {'vocab_size': 4}
+    assert 'makes no text, so it is good only for training' in capsys.readouterr().err
+
+
 class Hostile:
     def __reduce__(self):
         return os.mkdir, (os.environ['CANARY'],)

@@ -57,6 +57,8 @@ if missing:
          'for example: python data/text/prepare.py --input=book.txt --name=mybook')
 if tokenizer not in ('char', 'gpt2'):
     fail(f'tokenizer={tokenizer!r} is not known', 'use char or gpt2')
+if vocabulary and tokenizer != 'char':
+    fail(f'--vocabulary has no effect with tokenizer={tokenizer!r}', 'use --tokenizer=char')
 if not out_dir:
     if os.path.basename(name) != name or name in (os.curdir, os.pardir):
         fail(f'name={name!r} cannot be the name of a folder', 'use a name such as mybook')
