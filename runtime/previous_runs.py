@@ -129,10 +129,11 @@ def keep_best(out_dir):
     Its best loss can't be compared with the new one: it is of other data, or of another model.
     """
     folder = make_next_folder(out_dir)
-    shutil.copyfile(os.path.join(out_dir, METRICS), os.path.join(folder, METRICS))
     path, copy = os.path.join(out_dir, BEST), os.path.join(folder, BEST)
     try:
         os.link(path, copy)
     except OSError:  # a file system without links
         shutil.copyfile(path, copy)
+    with contextlib.suppress(OSError):  # there may be none, or no room for it
+        shutil.copyfile(os.path.join(out_dir, METRICS), os.path.join(folder, METRICS))
     say(f'{path} is of other data or of another model: it is kept as {copy}')

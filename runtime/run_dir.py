@@ -43,6 +43,7 @@ class RunDir:
         self.newest_name = None  # the name of the file that has, or will have, the newest state
         self.pending_states = {}  # {file name: state} not yet written
         self.saved_iters = {}  # {file name: iter_num}
+        self.has_kept_best = False  # ckpt.pt, if it was another run's
         self.thread = None
         self.move_lock = threading.Lock()  # this thread and that one look where the folder is
         self.can_log = True
@@ -186,8 +187,9 @@ class RunDir:
                 continue
             try:
                 self.follow()
-                if name == BEST and BEST not in self.saved_iters:
+                if name == BEST and not self.has_kept_best:
                     self.keep_best_of_another_run(state)
+                    self.has_kept_best = True
                 checkpoint.save(state, self.path, is_best=name == BEST)
                 self.saved_iters[name] = state['iter_num']
                 if name == BEST and self.saved_iters.get(LAST, 0) <= state['iter_num']:

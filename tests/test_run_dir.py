@@ -490,6 +490,21 @@ def test_the_best_of_other_data_is_kept(tmp_path, old_data, is_kept, first_is_be
         assert read_iter_num(tmp_path / 'previous-2' / 'ckpt.pt') == 8
 
 
+def test_the_best_of_other_data_is_kept_once(tmp_path):
+    facts = dict(config=dict(dataset='x'), model_args={})
+    checkpoint.save({**make_state(5), **facts, 'data': dict(val=make_id('a'))}, str(tmp_path))
+    run_dir = start_run(tmp_path)
+    (tmp_path / 'metrics.jsonl').unlink()
+    (tmp_path / 'ckpt.pt.tmp').mkdir()  # saves fail
+    for iter_num in (6, 7):
+        run_dir.save({**make_state(iter_num), **facts, 'data': dict(val=make_id('b'))}, True)
+        run_dir.wait()
+    (tmp_path / 'ckpt.pt.tmp').rmdir()
+    run_dir.save({**make_state(8), **facts, 'data': dict(val=make_id('b'))}, True)
+    assert run_dir.close(8) and list_previous_runs(str(tmp_path)) == [
+        (5, str(tmp_path / 'previous-1'))]
+
+
 @pytest.mark.parametrize('args, other_args, is_kept', [
     (dict(n_layer=1), dict(n_layer=2), True), (dict(dropout=0.1), dict(dropout=0.2), False),
     (dict(n_layer=1, mine=1), dict(n_layer=1), False), (5, dict(n_layer=1), True)])
