@@ -217,6 +217,7 @@ def test_signals_work_in_a_process_without_torch_distributed():
 FIRST = """
 import os, signal
 from runtime import signals
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
 signals.catch()
 def send(name):
     os.kill(os.getpid(), getattr(signal, name))
