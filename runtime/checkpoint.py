@@ -192,8 +192,7 @@ def load_best(out_dir):
         if not pair:
             continue
         other_paths = [os.path.join(os.path.dirname(path), name) for name in (BEST, LAST)]
-        newest_path = max(other_paths, key=read_iter_num)
-        iter_num = read_iter_num(newest_path)
+        iter_num, newest_path = max((read_iter_num(p), p) for p in other_paths if p != path)
         if iter_num > pair[0]['iter_num']:
             note(f'{path} is from iteration {pair[0]["iter_num"]}; {newest_path} is newer, from '
                  f'iteration {iter_num}; to use that: {format_command(out_dir=newest_path)}')

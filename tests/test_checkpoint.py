@@ -246,7 +246,7 @@ def test_a_file_is_evaluated_by_auto_too(trained, char_data):
     assert 'resumed from' in out
 
 
-@pytest.mark.parametrize('name', ['a\0b', 'x' * 300, '/root/../none', 5])
+@pytest.mark.parametrize('name', ['a\0b', 'x' * 300, '/nowhere/../none', 5])
 def test_a_dataset_that_cannot_exist_does_not_hide_the_table_of_characters(trained, char_data,
                                                                           tmp_path, name):
     state = torch.load(os.path.join(trained, 'ckpt.pt'), weights_only=True)
