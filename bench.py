@@ -34,7 +34,7 @@ from runtime import settings, timing
 from runtime.compiler import has_failed
 from runtime.console import ROOT, fail, format_bytes
 from runtime.dataset import DataOrder, check_ids, locate_data, move_to_device, open_bin
-from runtime.tokenizer import read_meta
+from runtime.meta import read_meta
 
 # what to measure
 what = 'train'  # train (a step) | data (a batch) | prefill | decode | run | start (of sample.py)

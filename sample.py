@@ -20,7 +20,8 @@ from model import GPT, GPTConfig
 from runtime import checkpoint, huggingface, inference, kernels, machine, memory, report, restore
 from runtime import settings
 from runtime.console import ROOT, note
-from runtime.tokenizer import TextStream, fit_prompt, get_tokenizer, parse_stops, read_prompt
+from runtime.prompts import TextStream, fit_prompt, parse_stops, read_prompt
+from runtime.tokenizer import get_tokenizer
 
 # model and prompt
 init_from = 'resume'  # resume (the checkpoint in out_dir) | gpt2* | Hugging Face folder
@@ -61,11 +62,11 @@ if init_from == 'resume':
     state, path = checkpoint.load_best(out_dir)
     model = restore.build_model(GPT, GPTConfig, state, path, dtype=getattr(torch, dtype))
     meta = checkpoint.find_meta(state, path)
-    origin = f'{path}, iteration {state["iter_num"]}, best val loss {state["best_val_loss"]:.4f}'
+    origin = report.describe_checkpoint(state, path)
     state = None  # frees the memory
 elif huggingface.is_huggingface(init_from):
     model = restore.load_pretrained(GPT, init_from, dtype=getattr(torch, dtype))
-    meta = huggingface.read_characters(init_from)
+    meta = huggingface.read_tokenizer(init_from)
     origin = init_from
 else:
     huggingface.fail_unknown(init_from, 'resume')

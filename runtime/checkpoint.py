@@ -28,10 +28,10 @@ from runtime.console import fail, format_command, get_first_line, note, warn
 from runtime.dataset import check_vocabulary, is_gpt2_vocabulary, locate_data
 from runtime.distributed import all_reduce_sum, is_sharded, local_tensor
 from runtime.files import is_file, replace
+from runtime.meta import read_meta
 from runtime.previous_runs import BEST, LAST, describe_previous_runs, exists, read_iter_num
-from runtime.tokenizer import read_meta
 
-KEYS = {*TYPES, 'iter_num', 'best_val_loss', 'meta', 'gelu'}  # of a checkpoint
+KEYS = {*TYPES, 'iter_num', 'best_val_loss', 'val_loss', 'meta', 'gelu'}  # of a checkpoint
 
 # the fields of nanoGPT's model_args
 NANOGPT_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')

@@ -16,6 +16,7 @@ import torch
 
 from runtime.console import ROOT, fail, format_script, warn
 from runtime.files import describe_changes, fingerprint, is_file
+from runtime.tokenizer import have_same_tokens
 
 
 def locate_data(name):
@@ -141,17 +142,20 @@ def check_vocabulary(meta, state, data_dir, path, remedy='name the right one wit
     """
     trained_meta = state.get('meta') or {}
     vocab_size = state['model_args']['vocab_size']
+    tokenizer_is_known = trained_meta.keys() & {'stoi', 'tokenizer'}
     if meta is None:
-        if is_gpt2_vocabulary(vocab_size):
+        if is_gpt2_vocabulary(vocab_size) and not tokenizer_is_known:
             return
         problem = f'{data_dir} has no meta.pkl, so it is GPT-2 BPE'
-    elif 'stoi' in trained_meta:
-        if trained_meta['stoi'] == meta.get('stoi'):
+    elif tokenizer_is_known:
+        if have_same_tokens(trained_meta, meta):
             return
-        problem = f'{data_dir} has other characters'
+        problem = f'{data_dir} has other tokens'
         if path.endswith('.pt'):
             folder = shlex.quote(os.path.dirname(path))
             remedy += f', or prepare the text with --vocabulary={folder}'
+    elif 'tokenizer' in meta and is_gpt2_vocabulary(vocab_size):
+        problem = f'{data_dir} has a tokenizer of its own'
     else:  # nanoGPT's checkpoints have no table of characters, and its forks pad the vocabulary
         padding = vocab_size - meta['vocab_size']
         if padding == 0 or 0 < padding < 128 and vocab_size % 64 == 0:

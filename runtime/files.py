@@ -47,6 +47,20 @@ def check_file(path):
         raise OSError(errno.EINVAL, f'it is a {kind}, and not a file', path)
 
 
+def read_text(path, remedy='name a text file with --input=FILE'):
+    """The text in the file; fails if the file is missing, empty or not UTF-8."""
+    try:
+        with open(os.path.expanduser(path), encoding='utf-8-sig') as f:  # Notepad writes a mark
+            text = f.read()
+    except OSError as e:
+        fail(f'{path} cannot be read ({e.strerror})', remedy)
+    except UnicodeDecodeError as e:
+        fail(f'{path} is not UTF-8 (byte {e.start})', 'convert it first')
+    if not text:
+        fail(f'{path} is empty', remedy)
+    return text
+
+
 @contextlib.contextmanager
 def replace(path):
     """Opens a temporary file for writing, which becomes path when the block ends without an error.

@@ -12,8 +12,9 @@ import torch
 from runtime.checkpoint_format import check_sizes
 from runtime.console import fail, format_command, get_first_line
 from runtime.files import is_file
+from runtime.meta import check_meta, make_meta
 from runtime.previous_runs import exists
-from runtime.tokenizer import check_meta
+from runtime.tokenizer import MAX_TOKENIZER_LENGTH, is_gpt2, read_tokenizer_file
 
 GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 # activation_function in config.json -> F.gelu's approximate=
@@ -184,44 +185,38 @@ def read_tensors(folder, args, dtype):
     return weights
 
 
-def read_characters(init_from):
-    """The meta dict of a folder that write_folder() made of a character model.
+def read_tokenizer(init_from):
+    """The meta dict of a folder's tokenizer: a table of characters, or a tokenizer of its own.
 
-    None means GPT-2's BPE. Fails if the folder has another tokenizer.
+    None means GPT-2's BPE.
     """
     path = os.path.join(init_from, 'tokenizer.json')
     if not is_file(path):
         return check_vocab_json(init_from)
+    return read_characters(init_from) or make_meta(read_tokenizer_file(path), path)
+
+
+def read_characters(folder):
+    """The meta dict of a table of characters that export.py has written; None if there is none."""
     try:
-        with open(path, encoding='utf-8') as f:
-            model = json.loads(f.read(2 ** 23))['model']
+        with open(os.path.join(folder, 'tokenizer.json'), encoding='utf-8') as f:
+            model = json.loads(f.read(MAX_TOKENIZER_LENGTH))['model']
         stoi = model['vocab']
-        if model['type'] != 'WordLevel':
-            return check_bpe(stoi)
-        meta = check_meta(dict(stoi=stoi, itos={i: c for c, i in stoi.items()}))
-        if any(len(c) != 1 for c in stoi):
-            raise ValueError('its tokens are longer than a character')
-    except Exception as e:  # it may have anything in it
-        fail(f'{path} is not a table of characters ({get_first_line(e)})',
-             "this project has only characters and GPT-2's BPE")
-    return meta
+        if model['type'] != 'WordLevel' or any(len(c) != 1 for c in stoi):
+            return None
+        return check_meta(dict(stoi=stoi, itos={i: c for c, i in stoi.items()}))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None  # read_tokenizer() says what is wrong with it
 
 
 def check_vocab_json(folder):
     """Fails if the folder has a vocab.json, the older form of a tokenizer, that isn't GPT-2's."""
     path = os.path.join(folder, 'vocab.json')
-    if not is_file(path):
-        return
-    try:
-        with open(path, encoding='utf-8') as f:
-            check_bpe(json.loads(f.read(2 ** 23)))
-    except (ValueError, AttributeError, RecursionError) as e:
-        fail(f"{path} is not GPT-2's ({get_first_line(e)})",
-             "this project has only characters and GPT-2's BPE")
-
-
-def check_bpe(stoi):
-    """ValueError if this is not the vocabulary of GPT-2's BPE."""
-    some_ids = [stoi.get(word) for word in ('!', 'the', '\u0120the', '\u0120gazed')]
-    if some_ids != [0, 1169, 262, 50255]:
-        raise ValueError("it is not GPT-2's BPE")
+    if is_file(path):
+        try:
+            is_known = is_gpt2(json.loads(read_tokenizer_file(path)))
+        except (ValueError, RecursionError):
+            is_known = False
+        if not is_known:
+            fail(f"{path} is not GPT-2's, and there is no tokenizer.json",
+                 'save the tokenizer again with a recent version of transformers')

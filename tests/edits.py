@@ -11,7 +11,8 @@ from conftest import ROOT, TINY, metrics, run
 
 from runtime import checkpoint, export, kernels
 from runtime.dataset import DataOrder, list_eval_batches, open_bin
-from runtime.tokenizer import get_tokenizer, read_meta
+from runtime.meta import read_meta
+from runtime.tokenizer import get_tokenizer
 
 SEED = 1337
 SHAPE = dict(block_size=32, n_layer=2, n_head=2, n_embd=32, bias=False)  # as in TINY

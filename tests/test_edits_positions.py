@@ -8,7 +8,8 @@ from conftest import TINY
 from edits import LAST_NORM, LM_HEAD, Sources, check_model_edit
 
 from runtime import checkpoint, inference
-from runtime.tokenizer import get_tokenizer, read_meta
+from runtime.meta import read_meta
+from runtime.tokenizer import get_tokenizer
 
 SHAPE = dict(block_size=32, vocab_size=50, n_layer=2, n_head=2, n_embd=32, bias=False)
 

@@ -9,7 +9,8 @@ from conftest import TINY, metrics, run
 
 from model import GPT, GPTConfig
 from runtime import checkpoint
-from runtime.tokenizer import count_mean_bytes, get_tokenizer, read_meta
+from runtime.meta import count_mean_bytes, read_meta
+from runtime.tokenizer import get_tokenizer
 
 TEXT = 'ab é\n' * 60
 CHARS = sorted(set(TEXT))

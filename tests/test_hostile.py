@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from model import GPT, GPTConfig
-from runtime import checkpoint, huggingface, optimizers, restore, tokenizer
+from runtime import checkpoint, huggingface, meta, optimizers, restore, tokenizer
 
 FUZZ = settings(max_examples=150, deadline=None, derandomize=True,
                 suppress_health_check=list(HealthCheck))
@@ -394,11 +394,11 @@ GOOD_META = {'vocab_size': 3, 'stoi': {'a': 0, 'b': 1, 'é': 2}, 'itos': {0: 'a'
 def read_meta(folder, content):
     (folder / 'meta.pkl').write_bytes(content)
     with one_line():
-        meta = tokenizer.read_meta(str(folder))
-        if 'stoi' in meta:
-            t = tokenizer.CharTokenizer(meta)
-            t.decode(t.encode(''.join(meta['stoi'])))
-        return meta
+        table = meta.read_meta(str(folder))
+        if 'stoi' in table:
+            t = tokenizer.CharTokenizer(table)
+            t.decode(t.encode(''.join(table['stoi'])))
+        return table
 
 
 @pytest.mark.parametrize('protocol', range(6))
@@ -561,11 +561,11 @@ def test_fuzzed_folders(tmp_path_factory, data):
 
 CODE = '''
 from model import GPT, GPTConfig
-from runtime import checkpoint, huggingface, restore, tokenizer
+from runtime import checkpoint, huggingface, meta, restore
 def build(folder):
     restore.build_model(GPT, GPTConfig, *checkpoint.load_newest(folder))
 for function, folder in ((build, 'larger'), (build, 'shared'), (huggingface.read_weights, 'hf'),
-                         (tokenizer.read_meta, 'meta')):
+                         (meta.read_meta, 'meta')):
     try:
         function(folder)
     except SystemExit:

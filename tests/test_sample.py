@@ -14,7 +14,8 @@ from conftest import ROOT, TINY, run, run_here
 
 from model import GPT, GPTConfig
 from runtime.checkpoint import save
-from runtime.tokenizer import CharTokenizer, GPT2Tokenizer, TextStream
+from runtime.prompts import TextStream
+from runtime.tokenizer import CharTokenizer, GPT2Tokenizer
 
 try:
     import pty
@@ -36,7 +37,7 @@ def test_prompt_continuation_and_line_per_sample(trained):
     assert all(s.startswith('12 and 13') for s in samples[:3])
     assert all(len(s) == 9 + 40 + 1 for s in samples[:3])
     assert len(set(samples)) > 2
-    assert 'ckpt.pt, iteration 60, best val loss' in out.stderr and 'characters' in out.stderr
+    assert 'ckpt.pt, iteration 60, val loss' in out.stderr and 'characters' in out.stderr
     assert sample(trained, *args).stdout == out.stdout  # the seed decides
     assert sample(trained, *args, '--seed=2').stdout != out.stdout
 

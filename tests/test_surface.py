@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from model import GPT, MLP, Block, CausalSelfAttention, GPTConfig, LayerNorm
 from runtime import kernels
-from runtime.tokenizer import get_tokenizer, read_meta
+from runtime.meta import read_meta
+from runtime.tokenizer import get_tokenizer
 
 SHAPE = dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32, dropout=0.0, bias=True)
 IDX = torch.arange(4 * 17).view(4, 17) % 11  # it learns to count

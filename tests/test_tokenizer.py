@@ -22,14 +22,8 @@ from conftest import PRINT_PEAK, ROOT, expect_error
 from test_hostile import good_state
 
 from runtime import checkpoint, pickles
-from runtime.tokenizer import (
-    CharTokenizer,
-    GPT2Tokenizer,
-    check_meta,
-    count_mean_bytes,
-    get_tokenizer,
-    read_meta,
-)
+from runtime.meta import check_meta, count_mean_bytes, read_meta
+from runtime.tokenizer import CharTokenizer, GPT2Tokenizer, get_tokenizer
 
 META = {'vocab_size': 4, 'stoi': {'a': 0, 'b': 1, 'é': 2, '\n': 3},
         'itos': {0: 'a', 1: 'b', 2: 'é', 3: '\n'}}
@@ -51,7 +45,7 @@ def test_bpe_round_trip(bpe):
     text = 'Hello, wörld 日本<|endoftext|>'
     ids = t.encode(text)
     assert ids[-1] == 50256 and t.decode(ids) == text and t.decode_bytes(ids) == text.encode()
-    ordinary = t.encode_ordinary(text)
+    ordinary = t.encode_batch([text])[0].tolist()
     assert 50256 not in ordinary and t.decode(ordinary) == text
 
 
