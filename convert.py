@@ -11,11 +11,13 @@ as it is: --init_from=my-gpt2.
 import json
 import math
 import os
+import pickle
 import shlex
 
 from model import GPT, GPTConfig
 from runtime import checkpoint, export, huggingface, restore
 from runtime.console import ROOT, fail, format_script, make_folder, say
+from runtime.files import replace
 from runtime.run_dir import RunDir
 
 # input and output
@@ -38,7 +40,7 @@ if to == 'hf':
     del state  # the export needs a second copy of the weights, and this would be a third one
     export.write_folder(model, hf_dir, meta)
     prompt = 'A'
-    if meta and 'A' not in meta['stoi']:
+    if meta and 'A' not in meta.get('stoi', 'A'):
         prompt = min(meta['stoi'])
     # a pipeline would generate 256 tokens, and this format has no more than block_size positions
     max_new_tokens = max(1, min(100, model.config.block_size - 1))
@@ -54,10 +56,15 @@ else:
         fail(f'{hf_dir} has no config.json of a GPT-2',
              f'name one of {", ".join(huggingface.GPT2_SIZES)}, or a folder saved by transformers')
     model = GPT.from_pretrained(hf_dir)
-    meta = huggingface.read_characters(hf_dir)
+    meta = huggingface.read_tokenizer(hf_dir)
     make_folder(out_dir)
     run_dir = RunDir(out_dir)  # no run may be writing there
-    state = dict(model=model.state_dict(), iter_num=0, best_val_loss=math.inf, config={},
+    run_config = {}
+    if meta and 'stoi' in meta:  # nanoGPT's sample.py looks for the table in the dataset's folder
+        run_config = dict(dataset=os.path.abspath(out_dir))
+        with replace(os.path.join(out_dir, 'meta.pkl')) as f:
+            pickle.dump(meta, f)
+    state = dict(model=model.state_dict(), iter_num=0, best_val_loss=math.inf, config=run_config,
                  **checkpoint.describe(model.config, meta))
     path = checkpoint.save(state, out_dir)
     run_dir.close()

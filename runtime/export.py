@@ -1,14 +1,16 @@
 """
 Writes a model in Hugging Face's GPT-2 format, if that format can express it.
 """
+import json
 import os
 import shutil
 
 import torch
 
+from runtime import tokenizer_json
 from runtime.console import fail, make_folder, shorten
 from runtime.huggingface import GELUS, MASKS, SIZES, list_tensors
-from runtime.tokenizer import END_OF_TEXT, get_tokenizer
+from runtime.tokenizer import FileTokenizer, get_tokenizer
 
 # how much the logits of transformers may differ from ours, relative to the largest. Rounding makes
 # 1.3e-6 of it at most, in 12 to 48 layers, and the other form of GELU 2e-4 in a trained model
@@ -16,15 +18,15 @@ TOLERANCE = 3e-5
 
 
 def write_folder(model, hf_dir, meta=None):
-    """Writes a GPT in float32 to an empty or new folder that transformers loads.
+    """Writes a GPT in float32 to an empty or new folder that opens wherever OpenAI's GPT-2 does.
 
-    The tokenizer is that of meta, a dataset's characters, or GPT-2's. Rows that pad the vocabulary
-    are left out. Fails if GPT-2's format can't express the model, which someone may have edited.
+    The tokenizer is that of meta, or GPT-2's. Rows that pad the vocabulary are left out. Fails if
+    GPT-2's format can't express the model, which someone may have edited.
     """
     args = {name: getattr(model.config, name) for name in SIZES}
     check_weights(model, args)
     vocab_size = get_tokenizer(meta).vocab_size
-    if meta:
+    if meta and 'tokenizer' not in meta:
         stoi, itos = meta['stoi'], meta['itos']
         if any(len(c) != 1 or itos.get(i) != c for c, i in stoi.items()) or len(stoi) < len(itos):
             fail('its vocabulary does not have one character for each id', 'share the checkpoint')
@@ -38,7 +40,9 @@ def write_folder(model, hf_dir, meta=None):
     temp_dir = os.path.join(parent, f'{name}.{os.getpid()}.tmp')
     make_folder(temp_dir, '--hf_dir')
     try:
-        write_files(model, args, temp_dir, meta)
+        end_ids = write_tokenizer(temp_dir, model, args, meta)
+        write_weights(temp_dir, model, args)
+        write_config(temp_dir, model.config, args, end_ids)
         check_logits(model, args, temp_dir)
         make_folder(hf_dir, '--hf_dir')  # may be a mounted disk: move files, config.json last
         for name in sorted(os.listdir(temp_dir), key=lambda name: name == 'config.json'):
@@ -69,30 +73,83 @@ def check_weights(model, args):
              'share the checkpoint instead')
 
 
-def write_files(model, args, folder, meta):
-    """Writes the weights by their names in transformers, the tokenizer, and config.json."""
+def write_tokenizer(folder, model, args, meta):
+    """Writes the tokenizer in all forms that programs look for.
+
+    Returns {'eos_token_id': id, ...} for the two config files. Programs want a token for the end of
+    a text, for padding and for what is unknown. A table of characters has none, so its rarest
+    character is that token, and texts don't end with it.
+    """
+    if meta and 'stoi' in meta:
+        end = find_rarest(model, meta['stoi'])
+        tokenizer = FileTokenizer(tokenizer_json.make_characters(meta['stoi'], end))
+        end_ids = dict(pad_token_id=meta['stoi'][end])
+    else:
+        tokenizer = FileTokenizer(meta['tokenizer'] if meta else tokenizer_json.make_gpt2())
+        roles = ('bos_token_id', 'eos_token_id', 'pad_token_id')
+        end_ids = dict.fromkeys(roles if tokenizer.end_id is not None else [], tokenizer.end_id)
+    with open(os.path.join(folder, 'tokenizer.json'), 'w', encoding='utf-8') as f:
+        f.write(tokenizer.text)
+    config = dict(tokenizer_class='PreTrainedTokenizerFast', model_max_length=args['block_size'],
+                  model_input_names=['input_ids', 'attention_mask'],
+                  clean_up_tokenization_spaces=False)
+    if end_ids:
+        roles = ('bos_token', 'eos_token', 'unk_token', 'pad_token')
+        end = tokenizer.tokenizer.id_to_token(end_ids['pad_token_id'])
+        config.update(dict.fromkeys(roles, end))
+    if tokenizer_json.splits_as_gpt2(tokenizer.text):
+        config.update(tokenizer_class='GPT2Tokenizer', add_prefix_space=False)
+        tokenizer.tokenizer.model.save(folder)  # vocab.json and merges.txt
+    write_json(folder, 'tokenizer_config.json', config)
+    return end_ids
+
+
+@torch.no_grad()
+def find_rarest(model, stoi):
+    """The character that the model predicts least, after random ones."""
+    ids = torch.tensor(sorted(stoi.values()))
+    generator = torch.Generator().manual_seed(1337)
+    idx = ids[torch.randint(len(ids), (64, 1), generator=generator)]
+    logits = model.eval()(idx)[0][:, -1, ids]  # (64, characters)
+    rarest = ids[logits.softmax(-1).mean(0).argmin()].item()
+    return next(c for c, i in stoi.items() if i == rarest)
+
+
+def write_weights(folder, model, args):
+    """Writes the weights by OpenAI's names, which are ours without transformer."""
     from safetensors.torch import save_file
-    from transformers import GenerationConfig, GPT2Config
-    config, weights, tensors = model.config, model.state_dict(), {}
+    weights, tensors = model.state_dict(), {}
     for name, (shape, transposed) in list_tensors(args).items():
         tensor = weights[name][:shape[0]] if name in weights else torch.zeros(shape)  # no biases
         if transposed:
             tensor = tensor.t()
         # a copy of each: save_file refuses weights that several layers share
-        tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+        tensors[name.removeprefix('transformer.')] = tensor
     path = os.path.join(folder, 'model.safetensors')
     save_file(tensors, path, metadata={'format': 'pt'})
     os.chmod(path, 0o644)  # save_file makes it readable only for its owner
-    tokenizer = make_tokenizer(meta)
-    end_ids = dict.fromkeys(['bos_token_id', 'eos_token_id'], tokenizer.eos_token_id)
-    dropout = dict.fromkeys(['resid_pdrop', 'embd_pdrop', 'attn_pdrop'], config.dropout)
+
+
+def write_config(folder, config, args, end_ids):
+    """Writes config.json and generation_config.json, with what OpenAI's have."""
     sizes = {their_name: args[our_name] for our_name, their_name in SIZES.items()}
-    hf_config = GPT2Config(
-        **sizes, **dropout, **end_ids, architectures=['GPT2LMHeadModel'], dtype='float32',
-        activation_function={'none': 'gelu', 'tanh': 'gelu_new'}[getattr(config, 'gelu', 'none')],
-        bias=config.bias)
-    for part in (tokenizer, GenerationConfig(**end_ids), hf_config):
-        part.save_pretrained(folder)
+    dropout = dict.fromkeys(['resid_pdrop', 'embd_pdrop', 'attn_pdrop'],
+                            getattr(config, 'dropout', 0.0))
+    activation = {'none': 'gelu', 'tanh': 'gelu_new'}[getattr(config, 'gelu', 'none')]
+    ends = {role: end_ids.get(role) for role in ('bos_token_id', 'eos_token_id')}
+    write_json(folder, 'config.json', dict(
+        architectures=['GPT2LMHeadModel'], model_type='gpt2', **sizes, n_ctx=args['block_size'],
+        n_inner=None, activation_function=activation, layer_norm_epsilon=1e-5,
+        initializer_range=0.02, **dropout, **ends, tie_word_embeddings=True, use_cache=True,
+        torch_dtype='float32', bias=config.bias))
+    write_json(folder, 'generation_config.json', dict(end_ids, max_length=args['block_size']))
+
+
+def write_json(folder, name, content):
+    with open(os.path.join(folder, name), 'w', encoding='utf-8') as f:
+        json.dump(content, f, indent=2)
+        f.write('\n')
 
 
 def check_logits(model, args, folder):
@@ -116,23 +173,3 @@ def check_logits(model, args, folder):
     if not difference <= TOLERANCE * torch.cat(ours).abs().max():  # it may also be nan
         fail(f'in transformers the logits differ by {difference:.1e}: model.py computes something '
              "that GPT-2's format cannot express", 'share the checkpoint instead')
-
-
-def make_tokenizer(meta):
-    """The characters of a meta dict, or GPT-2's BPE for None, as a tokenizer of transformers."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-    if meta:
-        tokenizer = Tokenizer(models.WordLevel(meta['stoi']))
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
-        tokenizer.decoder = decoders.Fuse()
-    else:
-        bpe = get_tokenizer(None).bpe
-        converter = TikTokenConverter(
-            pattern=bpe._pat_str, extra_special_tokens=bpe._special_tokens)
-        converter.load_tiktoken_bpe = lambda path: bpe._mergeable_ranks
-        tokenizer = converter.converted()
-    special_tokens = {} if meta else dict(bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False,
-                                   **special_tokens)

@@ -95,7 +95,7 @@ def test_a_folder_of_characters_fits_only_its_own_data(tmp_path, char_data, trai
     (tmp_path / 'abc.txt').write_text('abc' * 1000)
     run('data/text/prepare.py', f'--input={tmp_path / "abc.txt"}', f'--out_dir={tmp_path / "abc"}')
     out = run('train.py', *TRAIN, init_from, f'--dataset={tmp_path / "abc"}', ok=False)
-    assert 'other characters' in out.stderr
+    assert 'other tokens' in out.stderr
 
 
 def test_nothing_is_overwritten(tmp_path, trained):

@@ -225,7 +225,7 @@ def test_characters_are_exported(tmp_path):
     prompt = torch.tensor([[stoi[c] for c in 'ab ']])
     ours = model.generate(prompt, 25, temperature=0, vocab_size=len(chars))[0]
     assert written == ''.join(chars[i] for i in ours.tolist())
-    assert huggingface.read_characters(str(tmp_path / 'hf')) == meta
+    assert huggingface.read_tokenizer(str(tmp_path / 'hf')) == meta
     for source in (f'--out_dir={tmp_path / "out"}', f'--init_from={tmp_path / "hf"}'):
         out = run('sample.py', source, '--start=ab ', '--temperature=0', '--num_samples=1',
                   '--max_new_tokens=25', '--dtype=float32')
@@ -237,7 +237,7 @@ def test_the_command_that_convert_prints_generates_text(tmp_path):
     save_ours(tmp_path / 'out', meta=meta, vocab_size=2)  # a pipeline asks for 256 tokens
     command = export(tmp_path).partition('try it: ')[2].replace('python', sys.executable, 1)
     out = subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout
-    assert re.search(r"'generated_text': 'A[Ab]{31}'", out), out
+    assert re.search(r"'generated_text': 'A[Ab]+'", out), out  # without the one that pads
 
 
 @pytest.mark.parametrize('ids', [(1, 2, 3), (0, 4, 9)])
@@ -258,7 +258,7 @@ def test_ids_that_are_not_numbered_from_0(tmp_path, ids):
 def test_our_own_tables_of_characters_are_read_back(tmp_path, ids):
     meta = dict(vocab_size=max(ids) + 1, stoi=dict(zip('Abc', ids)), itos=dict(zip(ids, 'Abc')))
     write_folder(make_ours(vocab_size=16), str(tmp_path / 'hf'), meta)
-    assert huggingface.read_characters(str(tmp_path / 'hf')) == meta
+    assert huggingface.read_tokenizer(str(tmp_path / 'hf')) == meta
 
 
 @pytest.mark.parametrize('damage', [
@@ -268,15 +268,15 @@ def test_our_own_tables_of_characters_are_read_back(tmp_path, ids):
 def test_a_damaged_table_of_characters(tmp_path, damage, capsys):
     (tmp_path / 'tokenizer.json').write_bytes(damage)
     with pytest.raises(SystemExit):
-        huggingface.read_characters(str(tmp_path))
-    assert 'is not a table of characters' in capsys.readouterr().err
+        huggingface.read_tokenizer(str(tmp_path))
+    assert 'is not a usable tokenizer.json' in capsys.readouterr().err
 
 
 def test_another_tokenizer_is_refused(tmp_path, bpe):
     save_ours(tmp_path / 'out')
     export(tmp_path)
     path = tmp_path / 'hf' / 'tokenizer.json'
-    assert huggingface.read_characters(str(tmp_path / 'hf')) is None
+    assert huggingface.read_tokenizer(str(tmp_path / 'hf')) is None
     table = json.loads(path.read_text(encoding='utf-8'))
     words = list(table['model']['vocab'])
     table['model']['vocab'] = dict(zip(words, range(1, len(words) + 1)))
@@ -584,11 +584,11 @@ def test_a_folder_with_another_bpe_in_the_older_form_is_refused(tmp_path, bpe, c
     write_folder(make_ours(), str(folder))
     table = json.loads((folder / 'tokenizer.json').read_text(encoding='utf-8'))
     (folder / 'tokenizer.json').unlink()
-    assert huggingface.read_characters(str(folder)) is None  # OpenAI's first upload has no table
+    assert huggingface.read_tokenizer(str(folder)) is None  # OpenAI's first upload has no table
     vocab = table['model']['vocab']
     (folder / 'vocab.json').write_text(json.dumps(vocab))
-    assert huggingface.read_characters(str(folder)) is None
+    assert huggingface.read_tokenizer(str(folder)) is None
     for content in (json.dumps({word: i + 1 for word, i in vocab.items()}), '[]', '{', '[' * 9999):
         (folder / 'vocab.json').write_text(content)
-        line = expect_error(capsys, huggingface.read_characters, str(folder))
+        line = expect_error(capsys, huggingface.read_tokenizer, str(folder))
         assert "vocab.json is not GPT-2's" in line
