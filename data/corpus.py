@@ -14,8 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from runtime.console import ROOT, fail, format_script, make_folder, shorten, shorten_path
-from runtime.files import fingerprint, flush, replace
-from runtime.tokenizer import read_text
+from runtime.files import fingerprint, flush, read_text, replace
 
 SHAKESPEARE_URL = (
     'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt')
@@ -65,9 +64,9 @@ def fetch(url, name, timeout):
     return content
 
 
-def make_meta(text):
-    """meta.pkl for a text: one id for each character in it, in the order of their code points."""
-    chars = sorted(set(text))
+def make_meta(characters):
+    """meta.pkl for these characters: one id for each, in the order of their code points."""
+    chars = sorted(set(characters))
     meta = {
         'vocab_size': len(chars),
         'itos': dict(enumerate(chars)),
@@ -78,38 +77,45 @@ def make_meta(text):
     return meta
 
 
-def encode_chars(text, meta):
-    """The ids of the text's characters, an integer array."""
-    codes = np.frombuffer(text.encode('utf-32-le'), dtype=np.uint32)  # one code point each
-    ids = {ord(token): i for token, i in meta['stoi'].items() if len(token) == 1}
-    table = np.zeros(max(ids) + 1, dtype=np.int64)
-    table[list(ids)] = list(ids.values())
-    return table[codes]
-
-
 @contextlib.contextmanager
 def replace_dataset(folder, meta):
     """Opens {'train': file, 'val': file} for the ids of a dataset, which take their place together.
 
     If anything fails the folder keeps the dataset that it has. meta.pkl gets the fingerprints of
-    the .bin files, so that training can tell whether they belong together.
+    the .bin files, so that training can tell whether they belong together. meta['tokenizer'], if
+    there is one, becomes tokenizer.json.
     """
-    meta_path = os.path.join(folder, 'meta.pkl')
+    names = ['train.bin', 'val.bin']
+    if meta and 'tokenizer' in meta:
+        names.append('tokenizer.json')
+    if meta:
+        names.append('meta.pkl')  # it takes its place first
+    is_new = not os.path.exists(folder)
+    make_folder(folder)
     with contextlib.ExitStack() as stack:
-        files = {split: stack.enter_context(replace(os.path.join(folder, f'{split}.bin')))
-                 for split in ('train', 'val')}
-        if meta:
-            meta_file = stack.enter_context(replace(meta_path))  # it takes its place first
-        yield files
-        for f in files.values():
+        if is_new:
+            stack.callback(remove_empty, folder)
+        files = {name: stack.enter_context(replace(os.path.join(folder, name))) for name in names}
+        bins = {split: files[f'{split}.bin'] for split in ('train', 'val')}
+        yield bins
+        for f in bins.values():
             flush(f)
+        if 'tokenizer.json' in files:
+            files['tokenizer.json'].write(meta['tokenizer'].encode('utf-8'))
         if meta:
-            bins = {split: fingerprint(f.name) for split, f in files.items()}
-            pickle.dump({**meta, 'bins': bins}, meta_file)
-            flush(meta_file)
-    if not meta:
+            description = {key: value for key, value in meta.items() if key != 'tokenizer'}
+            description['bins'] = {split: fingerprint(f.name) for split, f in bins.items()}
+            pickle.dump(description, files['meta.pkl'])
+            flush(files['meta.pkl'])
+    for name in {'meta.pkl', 'tokenizer.json'}.difference(names):
         with contextlib.suppress(FileNotFoundError):
-            os.remove(meta_path)  # of an earlier dataset of characters
+            os.remove(os.path.join(folder, name))  # of an earlier dataset with another tokenizer
+
+
+def remove_empty(folder):
+    """Removes the folder if nothing is in it."""
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
 
 
 def write_splits(folder, train_ids, val_ids, meta, start_time, config_file, **flags):
@@ -118,27 +124,41 @@ def write_splits(folder, train_ids, val_ids, meta, start_time, config_file, **fl
     meta is None for GPT-2's BPE, which has no meta.pkl. With config_file and flags train.py trains
     on this dataset.
     """
-    max_block_size = min(len(train_ids), len(val_ids)) - 1
-    if max_block_size < 1:
-        fail(f'the text gives {len(train_ids)} training and {len(val_ids)} validation tokens',
-             'use a longer text')
-    make_folder(folder)
-    dtype = '<u4' if meta and meta.get('dtype') == 'uint32' else '<u2'
-    contents = {'train': np.asarray(train_ids, dtype), 'val': np.asarray(val_ids, dtype)}
+    num_tokens = {'train': len(train_ids), 'val': len(val_ids)}
+    check_lengths(num_tokens)
+    dtype = get_dtype(meta)
     with replace_dataset(folder, meta) as files:
-        for split, ids in contents.items():
-            files[split].write(ids)
-    for split, ids in contents.items():
-        print(f'{split}.bin: {len(ids):,} tokens, {ids.nbytes:,} bytes')
-    if meta:
+        files['train'].write(np.asarray(train_ids, dtype))
+        files['val'].write(np.asarray(val_ids, dtype))
+    print_summary(folder, num_tokens, meta, start_time)
+    print_next_step(config_file, num_tokens, **flags)
+
+
+def check_lengths(num_tokens):
+    """Fails if a split is too short for any training."""
+    if min(num_tokens.values()) < 2:
+        fail(f'the text gives {num_tokens["train"]} training and {num_tokens["val"]} validation '
+             'tokens', 'use a longer text')
+
+
+def get_dtype(meta):
+    """The dtype of the ids in the bins."""
+    return '<u4' if meta and meta.get('dtype') == 'uint32' else '<u2'
+
+
+def print_summary(folder, num_tokens, meta, start_time):
+    """Prints what was written, {split: tokens}, and how long it took."""
+    item_size = np.dtype(get_dtype(meta)).itemsize
+    for split, count in num_tokens.items():
+        print(f'{split}.bin: {count:,} tokens, {item_size * count:,} bytes')
+    vocabulary = 'GPT-2 BPE, 50,257 tokens'
+    if meta and 'stoi' in meta:
         characters = shorten(''.join(meta['stoi']), 200)
-        print(f'vocabulary: {meta["vocab_size"]} characters: {characters!r}')
-    else:
-        print('vocabulary: GPT-2 BPE, 50,257 tokens')
+        vocabulary = f'{meta["vocab_size"]} characters: {characters!r}'
+    elif meta:
+        vocabulary = f'{meta["vocab_size"]:,} tokens, in tokenizer.json'
+    print(f'vocabulary: {vocabulary}')
     print(f'written to {shorten_path(folder)} in {time.time() - start_time:.1f} s')
-    if max_block_size < read_block_size(config_file):
-        flags['block_size'] = max_block_size
-    print_next_step(config_file, **flags)
 
 
 def read_block_size(config_file):
@@ -151,7 +171,10 @@ def read_block_size(config_file):
     return int(match[1]) if match else 1024
 
 
-def print_next_step(config_file, **flags):
+def print_next_step(config_file, num_tokens, **flags):
     """Prints the command that trains on the dataset. Flags without a value are left out."""
+    max_block_size = min(num_tokens.values()) - 1
+    if max_block_size < read_block_size(config_file):
+        flags['block_size'] = max_block_size
     words = [f'--{name}={value}' for name, value in flags.items() if value]
     print(f'train on it: {format_script("train.py", config_file, *words)}')

@@ -31,18 +31,21 @@ RANGES = (
     ('at least 1', lambda v: v >= 1, (
         'n_layer', 'n_head', 'n_embd', 'block_size', 'batch_size', 'gradient_accumulation_steps',
         'eval_interval', 'log_interval', 'max_bad_steps', 'num_samples', 'max_bytes', 'repeats',
-        'part')),
+        'part', 'vocab_size')),
     ('at least 0', lambda v: v >= 0, (
         'max_iters', 'warmup_iters', 'lr_decay_iters', 'save_interval', 'eval_iters', 'bigrams',
         'weight_decay', 'grad_clip', 'learning_rate', 'min_lr', 'rope_base', 'embd_conv',
-        'max_new_tokens', 'top_k', 'temperature', 'num_proc')),
+        'max_new_tokens', 'top_k', 'temperature', 'num_proc', 'num_threads')),
     ('at least 0 and below 2**64', lambda v: 0 <= v < 2 ** 64, ('seed',)),
     ('at least 0 and below 1', lambda v: 0 <= v < 1, ('dropout', 'beta1', 'beta2', 'momentum')),
+    ('above 0 and below 1', lambda v: 0 < v < 1, ('val_share',)),
     ('above 0 and at most 1', lambda v: 0 < v <= 1, ('top_p', 'decay_share')),
     # sizes beyond these are slips. They would fill the memory before a message could come
     ('at most 2**17', lambda v: v <= 2 ** 17, ('n_layer',)),
-    ('at most 2**20', lambda v: v <= 2 ** 20, ('n_embd', 'eval_iters', 'embd_conv')),
-    ('at most 2**24', lambda v: v <= 2 ** 24, ('block_size', 'num_samples', 'repeats')),
+    ('at most 2**20', lambda v: v <= 2 ** 20, (
+        'n_embd', 'eval_iters', 'embd_conv', 'num_threads')),
+    ('at most 2**24', lambda v: v <= 2 ** 24, (
+        'block_size', 'num_samples', 'repeats', 'vocab_size')),
     ('at most 2**32', lambda v: v <= 2 ** 32, (
         'batch_size', 'gradient_accumulation_steps', 'max_new_tokens', 'bigrams')),
     ('below 2**63', lambda v: v < 2 ** 63, (

@@ -230,10 +230,10 @@ def test_your_own_text_by_name_in_bpe(tmp_path, bpe):
     (['--out_dir=x'], 'error: missing --input (your text file); for example'),
     (['--input=none.txt', '--name=x'], 'none.txt cannot be read'),
     (['--input=empty.txt', '--name=x'], 'empty'),
-    (['--input=latin.txt', '--name=x'], 'not UTF-8 (byte 1)'),
+    (['--input=latin.txt', '--name=x'], 'latin.txt is not UTF-8: byte 1 is wrong; name its enc'),
     (['--input=book.txt', '--name=a/b'], "'a/b' cannot be the name of a folder"),
     (['--input=book.txt', '--name=openwebtext'], "'openwebtext' belongs to a dataset"),
-    (['--input=book.txt', '--name=x', '--tokenizer=bpe'], "'bpe'"),
+    (['--input=book.txt', '--name=x', '--tokenizer=word'], "'word'"),
     (['--input=short.txt', '--name=x'], '0 training'),
 ])
 def test_mistakes(tmp_path, args, words):
@@ -384,7 +384,7 @@ def test_another_text_with_the_vocabulary_of_a_run(tmp_path, trained, char_data)
     resume = [*TINY, f'--out_dir={trained}', '--init_from=resume', '--eval_only',
               f'--dataset={tmp_path / "data"}']
     run_here(*args)
-    assert 'other characters' in run('train.py', *resume, ok=False).stderr
+    assert 'other tokens' in run('train.py', *resume, ok=False).stderr
     for source in (trained, char_data, os.path.join(trained, 'ckpt.pt')):
         run_here(*args, f'--vocabulary={source}')
         assert 'val loss' in run_here('train.py', *resume).stdout

@@ -17,7 +17,7 @@ sys.path.insert(0, os.path.dirname(sys.path[0]))  # the repository's root
 import corpus
 
 from runtime import settings
-from runtime.console import ROOT, fail, make_folder, shorten_path
+from runtime.console import ROOT, fail, get_first_line, shorten_path
 from runtime.tokenizer import END_OF_TEXT, GPT2Tokenizer
 
 # input and output
@@ -58,10 +58,19 @@ def load_documents():
              'name files of one kind: .parquet, .jsonl or .txt, which may end in .gz')
     builder = BUILDERS[kinds[0]]
     options = {'sample_by': 'paragraph'} if builder == 'text' else {}
-    documents = datasets.load_dataset(builder, data_files=files, split='train', **options)
+    try:
+        documents = datasets.load_dataset(builder, data_files=files, split='train', **options)
+    except Exception as e:  # the package's errors have no common base class
+        reason = e.__cause__ or e  # it says more
+        fail(f'{input} cannot be read ({type(reason).__name__}: {get_first_line(reason)})',
+             'name files in UTF-8; data/text/prepare.py reads other encodings')
     if 'text' not in documents.column_names:
         columns = ', '.join(documents.column_names)
         fail(f'{files[0]} has no column text, only {columns}', 'rename the column')
+    num_skipped = documents.data.column('text').null_count
+    if num_skipped:
+        documents = documents.filter(lambda text: text is not None, input_columns='text')
+        print(f'skipped rows without text: {num_skipped:,}')
     return documents
 
 
@@ -97,18 +106,18 @@ if __name__ == '__main__':  # worker processes may import this file again
     settings.check(config)
     processes = num_proc or os.cpu_count()
     folder = out_dir or os.path.dirname(os.path.abspath(__file__))
-    make_folder(folder)
     documents = load_documents()
     if len(documents) < 2:
         fail(f'{input} has {len(documents)} documents',
              'at least two are needed, one for each split')
     splits = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    num_tokens = {}
     with corpus.replace_dataset(folder, None) as files:
         for split, name in (('train', 'train'), ('test', 'val')):
-            num_tokens = write_ids(files[name], tokenize_parts(splits[split], name))
-            print(f'{name}.bin: {len(splits[split]):,} documents, {num_tokens:,} tokens, '
-                  f'{2 * num_tokens:,} bytes')
+            num_tokens[name] = write_ids(files[name], tokenize_parts(splits[split], name))
+            print(f'{name}.bin: {len(splits[split]):,} documents, {num_tokens[name]:,} tokens, '
+                  f'{2 * num_tokens[name]:,} bytes')
     print('vocabulary: GPT-2 BPE, 50,257 tokens')
     seconds = time.time() - start_time
     print(f'written to {shorten_path(folder)} in {seconds:.1f} s by {processes} processes')
-    corpus.print_next_step('config/train_gpt2.py', dataset=out_dir)
+    corpus.print_next_step('config/train_gpt2.py', num_tokens, dataset=out_dir)

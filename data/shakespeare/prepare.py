@@ -22,8 +22,6 @@ folder = os.path.dirname(os.path.abspath(__file__))
 text = corpus.read_shakespeare(input, folder)
 print(f'text: {len(text):,} characters')
 split = int(0.9 * len(text))  # the text is split, not its tokens, so no token spans both splits
-encode = GPT2Tokenizer().encode_ordinary
-train_ids = encode(text[:split])
-val_ids = encode(text[split:])
+train_ids, val_ids = GPT2Tokenizer().encode_batch([text[:split], text[split:]])
 corpus.write_splits(out_dir or folder, train_ids, val_ids, None, start_time,
                     'config/finetune_shakespeare_gpt2.py', dataset=out_dir)

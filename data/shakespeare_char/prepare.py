@@ -10,6 +10,7 @@ sys.path.insert(0, os.path.dirname(sys.path[0]))  # the repository's root
 import corpus
 
 from runtime.console import ROOT
+from runtime.tokenizer import CharTokenizer
 
 # input and output
 input = ''  # the text file; '': input.txt in this folder, which is downloaded if missing
@@ -21,7 +22,7 @@ folder = os.path.dirname(os.path.abspath(__file__))
 text = corpus.read_shakespeare(input, folder)
 print(f'text: {len(text):,} characters')
 meta = corpus.make_meta(text)
-ids = corpus.encode_chars(text, meta)
+ids, = CharTokenizer(meta).encode_batch([text])
 split = int(0.9 * len(ids))
 corpus.write_splits(out_dir or folder, ids[:split], ids[split:], meta, start_time,
                     'config/train_shakespeare_char_cpu.py', dataset=out_dir)

@@ -1,13 +1,15 @@
 """
-Your own text, by characters or in GPT-2's BPE: writes data/<name>, for --dataset=<name>.
+Your own text, by characters, bytes or BPE: writes data/<name>, for --dataset=<name>.
 
     python data/text/prepare.py --input=book.txt --name=mybook
-    python train.py config/train_python_char.py --dataset=mybook --out_dir=out-mybook
+    python data/text/prepare.py --input=books/,more/*.jsonl.gz --name=mybooks --tokenizer=bpe
 
-tokenizer=char makes a vocabulary of the text's characters, to train a model from scratch.
-tokenizer=gpt2 uses GPT-2's BPE, to finetune GPT-2. To continue a run of characters on another text,
-or to evaluate it there, name its folder: --vocabulary=out-mybook.
+The tokenizers: char (the characters of the text), bytes (all 256), bpe (pairs of bytes that are
+frequent in this text, for any language), gpt2 (to finetune GPT-2), a tokenizer.json, or the name of
+a tokenizer of tiktoken. To use the tokenizer of a run or of another dataset, name its folder:
+--vocabulary=out-mybook.
 """
+import math
 import os
 import sys
 import time
@@ -15,38 +17,65 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # data/
 sys.path.insert(0, os.path.dirname(sys.path[0]))  # the repository's root
 import corpus
+import encode
+from documents import Documents
 
-from runtime import checkpoint
+from runtime import checkpoint, settings, tokenizer_json
 from runtime.console import ROOT, fail, shorten
 from runtime.dataset import locate_data
-from runtime.tokenizer import GPT2Tokenizer, read_meta, read_text
+from runtime.meta import make_meta, read_meta
+from runtime.tokenizer import get_tokenizer, read_tokenizer_file
 
 # input and output
-input = ''  # a UTF-8 text file
+input = ''  # files, folders, globs, - or names on the Hugging Face hub, between commas
+field = 'text'  # the field of JSON that has the text; '': train on the syntax
+column = 'text'  # the column of CSV, Parquet or a hub dataset that has the text
+encoding = ''  # of text files, such as latin-1; '': UTF-8, or UTF-16 by its mark
 name = ''  # the name of the dataset
-tokenizer = 'char'  # char (the text's characters) | gpt2 (GPT-2's BPE)
-vocabulary = ''  # a dataset or a run's folder whose characters to use; '': the text's own
+val_share = 0.1  # share of the text that is for validation
+tokenizer = 'char'  # char | bytes | bpe | gpt2 | a tokenizer.json | a name of tiktoken
+vocab_size = 8192  # tokens of tokenizer=bpe
+vocabulary = ''  # a dataset or a run's folder whose tokenizer to use
+num_threads = 0  # threads that encode; 0: one per core
 out_dir = ''  # where the dataset is written; '': data/<name>
 exec(open(os.path.join(ROOT, 'configurator.py'), encoding='utf-8').read())
 
 
-def read_vocabulary(source, text):
-    """The table of characters of a dataset, or of a run's folder; fails if the text has others."""
+
+def read_vocabulary(source):
+    """The meta dict of a dataset, or of a run's folder; None for GPT-2's BPE."""
     data_dir = locate_data(source)
     if data_dir:
-        meta = read_meta(data_dir)
-    else:
-        meta = checkpoint.find_meta(*checkpoint.load_best(source))
-    if not meta or 'stoi' not in meta:
-        fail(f'{source} has no table of characters', 'use --tokenizer=gpt2 for its data')
-    unknown_characters = ''.join(sorted(set(text) - meta['stoi'].keys()))
-    if unknown_characters:
-        fail(f'the vocabulary of {source} lacks {len(unknown_characters)} characters of the text: '
-             f'{shorten(unknown_characters, 50)!r}', 'remove or replace them in the text')
-    return meta
+        return read_meta(data_dir)
+    return checkpoint.find_meta(*checkpoint.load_best(source))
 
 
+def read_tokenizer(name):
+    """The text of a tokenizer.json, by its path or by tiktoken's name; '' for char, bpe and gpt2.
+
+    It is known before the text is read.
+    """
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        path = os.path.join(path, 'tokenizer.json')
+    if name in ('char', 'bpe', 'gpt2'):
+        return ''
+    if name == 'bytes':
+        return tokenizer_json.make_bytes()
+    if os.path.exists(path):
+        return read_tokenizer_file(path)
+    import tiktoken
+    names = tiktoken.list_encoding_names()
+    if name not in names:
+        fail(f'tokenizer={name!r} is not known', 'use char, bytes, bpe, a file such as '
+             f'tokenizer.json, or a name of tiktoken: {", ".join(names)}')
+    return tokenizer_json.convert_tiktoken(name)
+
+
+# -----------------------------------------------------------------------------
+# mistakes end the script here, before it reads the text
 start_time = time.time()
+settings.check(config)
 missing = []
 if not input:
     missing.append('--input (your text file)')
@@ -55,30 +84,55 @@ if not name and not out_dir:
 if missing:
     fail(f'missing {" and ".join(missing)}',
          'for example: python data/text/prepare.py --input=book.txt --name=mybook')
-if tokenizer not in ('char', 'gpt2'):
-    fail(f'tokenizer={tokenizer!r} is not known', 'use char or gpt2')
 if vocabulary and tokenizer != 'char':
-    fail(f'--vocabulary has no effect with tokenizer={tokenizer!r}', 'use --tokenizer=char')
+    fail(f'--vocabulary has no effect with tokenizer={tokenizer!r}', 'leave out one of them')
+if tokenizer == 'bpe' and vocab_size < 257:
+    fail(f'vocab_size={vocab_size} is less than 257', 'BPE needs 256 bytes and the end of a text')
 if not out_dir:
     if os.path.basename(name) != name or name in (os.curdir, os.pardir):
         fail(f'name={name!r} cannot be the name of a folder', 'use a name such as mybook')
     if os.path.exists(os.path.join(ROOT, 'data', name, 'prepare.py')):
         fail(f'name={name!r} belongs to a dataset of this repository', 'use another name')
-
-text = read_text(input)
-print(f'text: {len(text):,} characters')
-split = int(0.9 * len(text))
-if tokenizer == 'char':
-    meta = read_vocabulary(vocabulary, text) if vocabulary else corpus.make_meta(text)
-    train_ids = corpus.encode_chars(text[:split], meta)
-    val_ids = corpus.encode_chars(text[split:], meta)
-    config_file = 'config/train_python_char.py'
-else:
-    meta = None
-    encode = GPT2Tokenizer().encode_ordinary
-    train_ids = encode(text[:split])
-    val_ids = encode(text[split:])
-    config_file = 'config/finetune_shakespeare_gpt2.py'
 run_name = name or os.path.basename(os.path.normpath(out_dir))
-corpus.write_splits(out_dir or os.path.join(ROOT, 'data', name), train_ids, val_ids, meta,
-                    start_time, config_file, dataset=out_dir or name, out_dir=f'out-{run_name}')
+meta = None  # GPT-2's BPE
+tokenizer_text = read_tokenizer(tokenizer)
+if vocabulary:
+    meta = read_vocabulary(vocabulary)
+elif tokenizer_text:
+    meta = make_meta(tokenizer_text, tokenizer)
+
+# -----------------------------------------------------------------------------
+# the first pass: how many documents there are, and what a new vocabulary depends on
+documents = Documents(input, field, column, encoding)
+enough_documents = math.ceil(1 / val_share)  # for one of them to be the validation split
+depends_on_text = tokenizer in ('char', 'bpe') and not (meta and 'tokenizer' in meta)
+survey = encode.Survey(documents, None if depends_on_text else enough_documents)
+if not survey.num_documents:
+    problem = 'is empty'
+    if documents.num_skipped:
+        problem = f'has no text, only {documents.num_skipped:,} rows without one'
+    fail(f'{input} {problem}', 'name a text file with --input=FILE')
+if meta and 'stoi' in meta:
+    unknown_characters = ''.join(sorted(set(survey.characters) - meta['stoi'].keys()))
+    if unknown_characters:
+        fail(f'the vocabulary of {vocabulary} lacks {len(unknown_characters)} characters of the '
+             f'text: {shorten(unknown_characters, 50)!r}', 'remove or replace them in the text')
+elif tokenizer == 'char' and not vocabulary:
+    meta = corpus.make_meta(survey.characters)
+elif tokenizer == 'bpe':
+    meta = make_meta(tokenizer_json.train_bpe(survey.sample, vocab_size), 'the new tokenizer')
+
+# -----------------------------------------------------------------------------
+# the second pass: encode
+if survey.num_documents < enough_documents:
+    pieces = encode.split_at(documents, int((1 - val_share) * survey.num_characters))
+else:
+    pieces = encode.split_by_document(documents, val_share)
+num_tokens = encode.write_dataset(out_dir or os.path.join(ROOT, 'data', name), documents, pieces,
+                                  get_tokenizer(meta), meta, num_threads, start_time)
+if meta and 'tokenizer' in meta:
+    gpt2_bytes = encode.count_gpt2_bytes(survey.sample)
+    if gpt2_bytes:
+        print(f"GPT-2's BPE has {gpt2_bytes:.2f} bytes per token of this text")
+corpus.print_next_step('config/train_python_char.py', num_tokens, dataset=out_dir or name,
+                       out_dir=f'out-{run_name}')

@@ -1,0 +1,184 @@
+"""
+The texts in files of any common kind, one document after another, in little memory.
+
+Text, JSON, JSON Lines, CSV, TSV and Parquet are read, also compressed (.gz, .bz2, .xz, .zst), and
+datasets of the Hugging Face hub by name. A text file is one document. So is each row of the others.
+"""
+import codecs
+import csv
+import glob
+import io
+import os
+import re
+import shutil
+import stat
+import sys
+import tempfile
+
+import readers
+
+from runtime.console import fail, get_first_line, shorten
+from runtime.files import check_file
+
+HUB_NAME = re.compile(r'[\w-]+/[\w.-]*[\w-](:[\w.-]+)?')  # owner/name:configuration
+HALVES = re.compile('[\ud800-\udfff]')  # of a character in UTF-16, which JSON may have by mistake
+JSON_START = re.compile(r'\s*(\[\s*)?\{\s*"(?:[^"\\\n]|\\.)*"\s*:')
+KINDS = {'.json': 'json', '.jsonl': 'json', '.ndjson': 'json', '.csv': 'csv', '.tsv': 'csv'}
+
+
+class Documents:
+    """The documents of an input: files, folders, globs, - or names on the hub, between commas.
+
+    Iterating gives (text, is_last): a piece of a document, and whether it is the last one. field
+    and column name the text in JSON and in tables; '' means that the syntax itself is the text.
+    num_skipped counts rows without text, and skipped_files has the files in folders that aren't
+    text. num_read_bytes of num_bytes are read.
+    """
+
+    def __init__(self, input, field='text', column='text', encoding=''):
+        self.field, self.column, self.encoding = field, column, encoding
+        try:
+            codecs.lookup(encoding or 'utf-8')
+        except LookupError:
+            fail(f'encoding={encoding!r} is not known', 'for example: --encoding=latin-1')
+        self.spooled_files = {}  # {path: file}: copies of pipes, which can't be read twice
+        self.named_paths = []
+        self.paths = list(dict.fromkeys(self.list_paths(input)))
+        self.num_bytes = sum(os.path.getsize(path) for path in self.paths if os.path.exists(path))
+        self.start()
+
+    def start(self):
+        self.num_read_bytes = self.num_skipped = 0
+        self.skipped_files = []
+
+    def list_paths(self, input):
+        """The paths of all files, and the names on the hub."""
+        names = [input] if os.path.exists(input) else input.split(',')
+        for name in (os.path.expanduser(name.strip()) for name in names):
+            if name == '-' or is_pipe(name):
+                yield self.spool(name)
+            elif os.path.isdir(name):
+                yield from list_folder(name)
+            elif glob.has_magic(name) and not os.path.exists(name):
+                paths = sorted(glob.glob(name, recursive=True))
+                files = [path for path in paths if os.path.isfile(path)]
+                if not files:
+                    fail(f'no file matches {name}', 'put quotes around it if the shell changes it')
+                yield from files
+            elif os.path.exists(name) or not HUB_NAME.fullmatch(name) or '.' in name.split(':')[0]:
+                try:
+                    check_file(name)
+                except OSError as e:
+                    fail(f'{name} cannot be read ({e.strerror})',
+                         'name a text file with --input=FILE')
+                self.named_paths.append(name)
+                yield name
+            else:
+                yield name
+
+    def spool(self, name):
+        """The path of a copy of what comes through a pipe or stdin."""
+        source = sys.stdin.buffer if name == '-' else open(name, 'rb')
+        copy = tempfile.NamedTemporaryFile()
+        shutil.copyfileobj(source, copy)
+        copy.flush()
+        self.spooled_files[copy.name] = copy
+        return copy.name
+
+    def __iter__(self):
+        self.start()
+        for path in self.paths:
+            if not os.path.exists(path):
+                yield from self.take_texts(readers.read_hub(path), path, 'column')
+                continue
+            num_earlier_bytes = self.num_read_bytes
+            with open(path, 'rb') as f:
+                title = 'the input' if path in self.spooled_files else path
+                for item in self.read_file(f, title):
+                    self.num_read_bytes = num_earlier_bytes + f.tell()
+                    yield item
+            self.num_read_bytes = num_earlier_bytes + os.path.getsize(path)
+
+    def read_file(self, f, path):
+        """The pieces of the documents in an open file."""
+        encoding = self.encoding
+        try:
+            if f.peek(4).startswith(b'PAR1'):
+                rows = readers.read_parquet(f, self.column)
+                return (yield from self.take_texts(rows, path, 'column'))
+            stream = readers.decompress(f)
+            encoding = encoding or readers.detect_encoding(stream.peek())
+            if not encoding:
+                return self.skip(path)
+            head = stream.peek().decode(encoding, errors='ignore')
+            kind = self.choose_kind(path, head)
+            with io.TextIOWrapper(stream, encoding, newline='' if kind == 'csv' else None) as text:
+                if kind == 'csv':
+                    yield from self.take_texts(readers.read_csv(text, head), path, 'column')
+                elif kind == 'json':
+                    yield from self.take_texts(readers.read_json(text), path, 'field')
+                else:
+                    yield from readers.read_pieces(text)
+        except UnicodeDecodeError:
+            place = readers.find_bad_byte(f.name, encoding)
+            fail(f'{path} is not {encoding.upper()}: byte {place:,} is wrong',
+                 'name its encoding, for example --encoding=latin-1, or repair it')
+        except (*readers.ERRORS, csv.Error, ValueError, RecursionError) as e:
+            fail(f'{path} cannot be read ({get_first_line(e)})', 'repair it, or leave it out')
+
+    def choose_kind(self, path, head):
+        """json, csv or text, by the file's name, or else by its first characters."""
+        stem, suffix = os.path.splitext(path.lower())
+        if suffix in ('.gz', '.bz2', '.xz', '.zst'):
+            suffix = os.path.splitext(stem)[1]
+        kind = KINDS.get(suffix)
+        if not kind and JSON_START.match(head):
+            kind = 'json'
+        if not kind:
+            columns = readers.read_csv(io.StringIO(head), head).fieldnames or []
+            kind = 'csv' if len(columns) > 1 and self.column in columns else 'text'
+        name = self.field if kind == 'json' else self.column
+        return kind if name else 'text'  # without a name somebody wants the syntax
+
+    def skip(self, path):
+        """Leaves out a file that isn't text; fails if somebody has named it."""
+        if path in (*self.named_paths, 'the input'):
+            fail(f'{path} is not text: it has zero bytes', 'name a text file, or its --encoding')
+        self.skipped_files.append(path)
+
+    def print_omissions(self):
+        """Prints what wasn't taken."""
+        if self.num_skipped:
+            print(f'skipped rows without text: {self.num_skipped:,}')
+        if self.skipped_files:
+            print(f'skipped files that are not text: {len(self.skipped_files)}, such as '
+                  f'{self.skipped_files[0]}')
+
+    def take_texts(self, rows, path, setting):
+        """The texts of rows. They are texts, or dicts with a text under the name in the setting."""
+        name = getattr(self, setting)
+        for i, row in enumerate(rows):
+            if i == 0 and isinstance(row, dict) and name not in row:
+                names = shorten(', '.join(map(str, row)), 200)
+                fail(f'{path} has no {setting} {name!r}, but {names}',
+                     f'name the one with the text: --{setting}=NAME, or nothing to take the '
+                     f'file as it is: --{setting}=')
+            text = row.get(name) if isinstance(row, dict) else row
+            if isinstance(text, str) and text:
+                if not text.isascii() and HALVES.search(text):
+                    text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+                yield text, True
+            else:
+                self.num_skipped += 1
+
+
+def is_pipe(path):
+    return os.path.exists(path) and stat.S_ISFIFO(os.stat(path).st_mode)
+
+
+def list_folder(folder):
+    """All files in a folder and the folders in it, but not the hidden ones."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        paths = [os.path.join(parent, name) for name in sorted(names) if not name.startswith('.')]
+        yield from [path for path in paths if os.path.isfile(path)]
