@@ -26,8 +26,8 @@ from runtime import provenance, ranges, report, restore, settings, signals
 from runtime.console import ROOT, act_before_errors, say, try_or_warn, warn
 from runtime.dataset import DataOrder, check_ids, check_mapped_file, check_vocabulary, find_data
 from runtime.dataset import forget_pages, identify_data, list_eval_batches, move_to_device, open_bin
+from runtime.meta import count_mean_bytes, read_meta
 from runtime.run_dir import RunDir
-from runtime.tokenizer import count_mean_bytes, read_meta
 
 # I/O
 out_dir = 'out'  # folder for checkpoints, metrics.jsonl and loss.png
@@ -131,8 +131,8 @@ elif init_from == 'resume':
     origin = f'resumed from {path} at iteration {state["iter_num"]}'
 elif huggingface.is_huggingface(init_from):
     model = restore.load_pretrained(GPT, init_from, dropout)
-    characters = huggingface.read_characters(init_from)
-    check_vocabulary(meta, checkpoint.describe(model.config, characters), data_dir, init_from)
+    vocabulary = checkpoint.describe(model.config, huggingface.read_tokenizer(init_from))
+    check_vocabulary(meta, vocabulary, data_dir, init_from)
     origin = f'from {init_from}'
 else:
     huggingface.fail_unknown(init_from, 'scratch, resume, auto')
@@ -245,7 +245,7 @@ def get_lr(it):
     return min_lr + coeff * (learning_rate - min_lr)
 
 
-def save_checkpoint(is_best, finished=False):
+def save_checkpoint(is_best, finished=False, val_loss=None):
     """Saves all that a resumed run needs, in nanoGPT's format. All ranks must call it."""
     if not checkpoint.has_finite_weights(raw_model):  # they must not replace finite ones
         return warn(f'the weights after {iter_num} iterations are not finite: they are not saved')
@@ -258,7 +258,7 @@ def save_checkpoint(is_best, finished=False):
                  optimizer=distributed.gather_optimizer(optimizer, master_process, copy),
                  optimizer_name=restore.get_optimizer_name(optimizer),
                  iter_num=iter_num, best_val_loss=best_val_loss, config=config, finished=finished,
-                 data=data_id, **checkpoint.describe(raw_model.config, meta))
+                 data=data_id, val_loss=val_loss, **checkpoint.describe(raw_model.config, meta))
     if scaler.is_enabled():
         state['scaler'] = scaler.state_dict()
     if wandb_run:
@@ -350,7 +350,7 @@ while True:
         # only if something is new: iterations, the end, or a best loss
         if iter_num > first_iter or last_step or (is_best and iter_num > 0):
             keeps_all = always_save_checkpoint and math.isfinite(losses['val'])
-            save_checkpoint(is_best or keeps_all, finished=last_step)
+            save_checkpoint(is_best or keeps_all, last_step, losses['val'])
         eval_seconds = time.perf_counter() - eval_start
         t0 += eval_seconds  # progress lines count only training
     elif save_requested or (is_save_due and iter_num > first_iter):

@@ -10,7 +10,7 @@ import torch
 from runtime import pickles
 from runtime.console import warn
 from runtime.files import read_data_id
-from runtime.tokenizer import check_meta
+from runtime.meta import check_meta
 
 # the state of a GradScaler
 SCALER = {'scale': float, 'growth_factor': float, 'backoff_factor': float, 'growth_interval': int,
@@ -108,8 +108,8 @@ def make_plain(state, path):
         raise ValueError(f'it has no {" or ".join(sorted(missing_keys))}')
     defaults = {'iter_num': 0, 'best_val_loss': math.inf, 'config': {}}
     unusable_keys = [key for key in defaults if key not in plain_state]
-    readers = {'best_val_loss': read_loss, 'meta': check_meta, 'scaler': read_scaler,
-               'data': read_data_id}
+    readers = {'best_val_loss': read_loss, 'val_loss': read_loss, 'meta': check_meta,
+               'scaler': read_scaler, 'data': read_data_id}
     for key in [key for key in readers if key in plain_state]:
         try:
             plain_state[key] = readers[key](plain_state[key])

@@ -19,6 +19,8 @@ from runtime.console import (
     warn,
 )
 
+MAX_PASSES = 10  # over the train tokens; more are too many for most models
+
 
 def print_plan(origin, model, config, data_dir, meta, tokens, device, dtype, compile, backend,
                ranks, optimizer_bytes, iter_num):
@@ -68,6 +70,22 @@ def print_data(data_dir, meta, tokens, config, ranks):
                          for n, noun, plural in factors)
     say(f'tokens per iteration will be: {tokens_per_iter:,} = {product}; '
         f'{config["max_iters"]} iterations read the train tokens {passes:.2f} times')
+    if passes > MAX_PASSES and not config['eval_only']:
+        advice = 'ckpt.pt keeps the weights with the best val loss'
+        if config['always_save_checkpoint']:
+            advice = f'With --always_save_checkpoint=False {advice}'
+        say(f'warning: after about {MAX_PASSES} passes a model learns the train tokens by heart, '
+            f'and the val loss may rise again. {advice}. --dropout helps')
+
+
+def describe_checkpoint(state, path):
+    """What a checkpoint says of its weights: their iteration, and their val loss if it knows it."""
+    text = f'{path}, iteration {state["iter_num"]}'
+    if 'val_loss' in state:
+        return f'{text}, val loss {state["val_loss"]:.4f}'
+    if math.isfinite(state['best_val_loss']):
+        return f'{text}, best val loss of its run {state["best_val_loss"]:.4f}'
+    return f'{text}, val loss not known'
 
 
 def print_machine(device, dtype, compile, backend=None, parallel='ddp', ranks=1):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from runtime.config_files import run_config_file, suggest
-from runtime.console import ROOT, fail, prepare_terminal, shorten_path, warn
+from runtime.console import ROOT, fail, format_script, prepare_terminal, warn
 from runtime.ranges import KINDS, expand_home, find_mistakes, find_wrong_paths, parse
 
 
@@ -81,7 +81,7 @@ def report_mistakes(space, own_settings, config, mistakes):
     """Ends the program with one line of all mistakes."""
     script = space.get('__file__', '')
     # it may come from stdin or be given by -c
-    command = f'python {shorten_path(script)} --help' if os.path.isfile(script) else '--help'
+    command = format_script(script, '--help') if os.path.isfile(script) else '--help'
     # ranges are for our own scripts, and values of a wrong type can't be compared
     if os.path.realpath(script).startswith(os.path.realpath(ROOT) + os.sep):
         mistakes = mistakes + find_mistakes({
