@@ -288,8 +288,10 @@ def find_path(descriptor):
 
 def read_commit():
     """The git commit of this repository; '' if git or the repository isn't there."""
-    command = ['git', '-C', ROOT, 'rev-parse', 'HEAD']
+    command = ['git', '-C', ROOT, 'rev-parse', '--show-toplevel', 'HEAD']
     try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
     except OSError:
         return ''
+    is_ours = len(lines) == 2 and os.path.realpath(lines[0]) == os.path.realpath(ROOT)
+    return lines[1] if is_ours else ''  # a copy of this folder may lie in another repository

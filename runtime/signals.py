@@ -28,6 +28,8 @@ def catch():
     global _pipe, _stop_signal, _stop_time, _saves_requested, _saves_reported
     _stop_signal, _stop_time = 0, None
     _saves_requested, _saves_reported = 0, 0
+    if threading.current_thread() is not threading.main_thread():
+        return  # Python leaves signals to the main thread, which is somebody else's program
     _pipe = socket.socketpair()
     _pipe[1].setblocking(False)
     signal.set_wakeup_fd(_pipe[1].fileno(), warn_on_full_buffer=False)
