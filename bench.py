@@ -30,10 +30,10 @@ import torch
 
 from model import GPT, GPTConfig
 from runtime import checkpoint, inference, kernels, machine, memory, optimizers, report, restore
-from runtime import settings, timing
+from runtime import settings, shards, timing
 from runtime.compiler import has_failed
 from runtime.console import ROOT, fail, format_bytes
-from runtime.dataset import DataOrder, check_ids, locate_data, move_to_device, open_bin
+from runtime.dataset import DataOrder, locate_data, move_to_device
 from runtime.meta import read_meta
 
 # what to measure
@@ -101,11 +101,11 @@ meta = read_meta(data_dir) if data_dir else None
 vocab_size = meta['vocab_size'] if meta else 50304
 if data_dir and real_data:
     print(f'data: {data_dir}')
-    tokens = open_bin(os.path.join(data_dir, 'train.bin'), block_size, vocab_size, meta)
+    tokens = shards.open_tokens(data_dir, 'train', block_size, vocab_size, meta)
 else:
     print('data: random tokens' + (f', as {dataset} is not prepared' if real_data else ''))
     tokens = np.random.default_rng(seed).integers(0, vocab_size, 2 ** 20).astype(np.uint16)
-windows = np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1)
+windows = shards.view_windows(tokens, block_size + 1)
 options = {field.name for field in dataclasses.fields(GPTConfig)} - {'vocab_size', 'gelu'}
 if options - set(config):
     fail(f'GPTConfig has {", ".join(options - set(config))}, but bench.py does not',
@@ -155,7 +155,7 @@ print(f'model: {num_params / 1e6:.2f}M parameters, {n_layer} layers, {n_embd} wi
 def get_batch(starts):
     """As in train.py."""
     rows = windows[starts]
-    check_ids(rows, vocab_size, 'the data')
+    shards.check_ids(rows, vocab_size, 'the data')
     rows = move_to_device(rows, device)
     return rows[:, :-1], rows[:, 1:].clone()
 

@@ -24,10 +24,11 @@ from model import GPT, GPTConfig
 from runtime import checkpoint, distributed, huggingface, kernels, machine, memory, optimizers
 from runtime import provenance, ranges, report, restore, settings, signals
 from runtime.console import ROOT, act_before_errors, say, try_or_warn, warn
-from runtime.dataset import DataOrder, check_ids, check_mapped_file, check_vocabulary, find_data
-from runtime.dataset import forget_pages, identify_data, list_eval_batches, move_to_device, open_bin
+from runtime.dataset import DataOrder, check_vocabulary, find_data, identify_data
+from runtime.dataset import list_eval_batches, move_to_device
 from runtime.meta import count_mean_bytes, read_meta
 from runtime.run_dir import RunDir
+from runtime.shards import check_ids, check_mapped_file, forget_pages, open_tokens, view_windows
 
 # I/O
 out_dir = 'out'  # folder for checkpoints, metrics.jsonl and loss.png
@@ -44,7 +45,7 @@ wandb_log = False  # also log to Weights & Biases
 wandb_project = 'owt'  # the project there
 wandb_run_name = 'gpt2'  # the run's name there
 # data
-dataset = 'openwebtext'  # data/<dataset>, or a path, with train.bin and val.bin
+dataset = 'openwebtext'  # data/<dataset>, or a path, with train.bin and val.bin, or shards
 data_order = 'random'  # random (any sequences) | epochs (each token once per epoch, shuffled)
 gradient_accumulation_steps = 5 * 8  # micro-batches per iteration, of all ranks together
 batch_size = 12  # sequences per micro-batch
@@ -169,9 +170,8 @@ state = None  # frees the memory
 # the data: windows[split][i] are the tokens i to i + block_size, read from the file when used
 tokens, windows = {}, {}
 for split in ('train', 'val'):  # a split that you add here is evaluated, too
-    bin_path = os.path.join(data_dir, f'{split}.bin')
-    tokens[split] = open_bin(bin_path, block_size, raw_model.config.vocab_size, meta)
-    windows[split] = np.lib.stride_tricks.sliding_window_view(tokens[split], block_size + 1)
+    tokens[split] = open_tokens(data_dir, split, block_size, raw_model.config.vocab_size, meta)
+    windows[split] = view_windows(tokens[split], block_size + 1)
 order = DataOrder(data_order, seed, len(tokens['train']), block_size, batch_size,
                   gradient_accumulation_steps)
 
@@ -180,7 +180,7 @@ def get_batch(split, starts):
     """Inputs X and targets Y, (B, T) each, of the sequences that begin at these tokens."""
     check_mapped_file(tokens[split])
     rows = windows[split][starts]  # (B, T + 1), in one read
-    check_ids(rows, raw_model.config.vocab_size, os.path.join(data_dir, f'{split}.bin'))
+    check_ids(rows, raw_model.config.vocab_size, f'the {split} split of {data_dir}')
     rows = move_to_device(rows, device)
     return rows[:, :-1], rows[:, 1:].clone()  # X and Y don't share memory
 

@@ -1,13 +1,12 @@
 """
 Datasets: finding and opening them, and which tokens a training iteration reads in which order.
 
-A dataset is a folder with train.bin and val.bin, raw token ids as little-endian uint16, and with
-meta.pkl if its tokens aren't GPT-2's.
+A dataset is a folder with train.bin and val.bin, or shards of them, and with meta.pkl if its tokens
+aren't GPT-2's. runtime/shards.py opens the files.
 """
 import ast
 import functools
 import math
-import mmap
 import os
 import shlex
 
@@ -15,20 +14,26 @@ import numpy as np
 import torch
 
 from runtime.console import ROOT, fail, format_script, warn
-from runtime.files import describe_changes, fingerprint, is_file
+from runtime.files import describe_changes, fingerprint
+from runtime.shards import list_bins
 from runtime.tokenizer import have_same_tokens
+
+SPLITS = 'train', 'val'
+
+
+def list_places(name):
+    """Where a dataset of this name may be: the name as a path and data/<name>.
+
+    Each is tried first in the current folder, then in the repository.
+    """
+    places = [name, os.path.join('data', name)]
+    return places + [os.path.join(ROOT, place) for place in places]
 
 
 def locate_data(name):
-    """The folder with the dataset's train.bin and val.bin; None if there is none.
-
-    The name is tried as a path and as data/<name>, first in the current folder, then in the
-    repository.
-    """
-    places = [name, os.path.join('data', name)]
-    places += [os.path.join(ROOT, place) for place in places]
-    for place in places:
-        if all(is_file(os.path.join(place, f'{split}.bin')) for split in ('train', 'val')):
+    """The folder with the dataset's train.bin and val.bin, or shards; None if there is none."""
+    for place in list_places(name):
+        if all(list_bins(place, split) for split in SPLITS):
             return place
 
 
@@ -42,6 +47,7 @@ def find_data(name):
         places = f'neither {name} nor data/{name} is'
         if os.path.isabs(name):
             places = 'it is not'
+        check_splits(name)
         fail(f'dataset {name!r} was not found: {places} a folder with train.bin and val.bin',
              'to prepare your own text: '
              'python data/text/prepare.py --input=FILE --name=NAME')
@@ -53,81 +59,25 @@ def find_data(name):
          f'{format_script("train.py", "config/train_python_char.py")}')
 
 
+def check_splits(name):
+    """Fails if one of the places for a dataset has only one of its splits."""
+    for place in list_places(name):
+        paths_by_split = {split: list_bins(place, split) for split in SPLITS}
+        for split, other_split in (SPLITS, SPLITS[::-1]):
+            paths = paths_by_split[split]
+            if paths and not paths_by_split[other_split]:
+                fail(f'{place} has {os.path.basename(paths[0])}, but no {other_split}.bin, and no '
+                     f'shards with {other_split} in their names', 'a dataset needs both')
+
+
 def identify_data(data_dir, meta=None):
     """{split: fingerprint} of a dataset; warns if its meta.pkl was written with others."""
-    data_id = {split: fingerprint(os.path.join(data_dir, f'{split}.bin'))
-               for split in ('train', 'val')}
+    data_id = {split: fingerprint(*list_bins(data_dir, split)) for split in SPLITS}
     changes = describe_changes((meta or {}).get('bins', {}), data_id)
     if changes:
         warn(f'meta.pkl in {data_dir} was written with other .bin files: {"; ".join(changes)}. '
              'If you have not changed them, prepare the dataset again')
     return data_id
-
-
-def open_bin(path, block_size, vocab_size, meta=None):
-    """The token ids of a .bin file as a read-only memmap, (tokens,), of meta's dtype or uint16.
-
-    Fails if the file can't be trained on. It reads only the first and last ids; get_batch checks
-    the ids of each batch.
-    """
-    remedy = f'prepare the dataset in {os.path.dirname(path)} again'
-    dtype = np.dtype((meta or {}).get('dtype', 'uint16'))
-    size = os.path.getsize(path)
-    if size % dtype.itemsize:
-        fail(f'{path} has {size} bytes, not a multiple of {dtype.itemsize}: it is not a {dtype} '
-             'file or was cut short', remedy)
-    count = size // dtype.itemsize
-    if count < block_size + 1:
-        fail(f'{path} has {count} tokens, fewer than block_size + 1 = {block_size + 1}',
-             'set a smaller --block_size')
-    tokens = np.memmap(path, dtype=dtype.newbyteorder('<'), mode='r')
-    if hasattr(tokens._mmap, 'madvise'):
-        # sequences are a few kB anywhere in the file: reading ahead would fetch 128 kB for each
-        tokens._mmap.madvise(mmap.MADV_RANDOM)
-    ids = np.concatenate((tokens[:4096], tokens[-4096 - count % 2:]))
-    if not ids[1::2].any() and len(set(ids[::2].tolist())) > 2:
-        fail(f'in {path} every second id is 0: its numbers have more bytes than {dtype}',
-             f'write it with ids.astype(np.{dtype}).tofile(...)')
-    check_ids(ids, vocab_size, path, who='node')
-    tokens.status = os.stat(path)  # see check_mapped_file()
-    return tokens
-
-
-def forget_pages(tokens):
-    """Unmaps the pages that were read of an open_bin().
-
-    Otherwise they all count as this process's memory in time, although they are the system's
-    cache. The pages are read again when needed, which takes 40 to 200 us: call it once in a while.
-    """
-    if hasattr(tokens._mmap, 'madvise'):
-        tokens._mmap.madvise(mmap.MADV_DONTNEED)
-
-
-def check_mapped_file(tokens):
-    """Fails if the file of an open_bin() has been cut short, and warns if it was written to.
-
-    The system kills a process that reads behind the end of a mapped file, without a word.
-    """
-    try:
-        status = os.stat(tokens.filename)
-    except OSError:
-        return  # it was removed, and can still be read
-    if not os.path.samestat(status, tokens.status):
-        return  # another file has its name
-    if status.st_size < tokens.nbytes:
-        fail(f'{tokens.filename} was cut short: it had {tokens.nbytes:,} bytes and has '
-             f'{status.st_size:,}', 'prepare the dataset again', who='node')
-    if status.st_mtime_ns != tokens.status.st_mtime_ns:
-        tokens.status = status
-        warn(f'{tokens.filename} was changed while the run reads it')
-
-
-def check_ids(ids, vocab_size, path, who='rank'):
-    """Fails if a token id is outside the vocabulary; a GPU's own error would not say which."""
-    if ids.max() >= vocab_size:
-        fail(f'{path} has token id {ids.max()}, but the vocabulary has {vocab_size}',
-             'the data was made with another tokenizer: prepare it again, '
-             'or name the right --dataset', who)
 
 
 def is_gpt2_vocabulary(vocab_size):

@@ -12,7 +12,7 @@ from runtime.console import fail
 KINDS = {stat.S_IFDIR: 'folder', stat.S_IFIFO: 'pipe', stat.S_IFSOCK: 'socket',
          stat.S_IFCHR: 'device', stat.S_IFBLK: 'device'}
 MISSING = errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG
-NUM_PIECES = 64  # pieces of a file that its fingerprint looks at
+NUM_PIECES = 64  # pieces of a split that its fingerprint looks at
 PIECE_BYTES = 4096
 
 
@@ -110,14 +110,18 @@ def sync_folder(path):
 
 # -----------------------------------------------------------------------------
 # the .bin files of a dataset, and whether they have changed
-def fingerprint(path):
-    """What tells a file from another one: its size, and a hash of pieces from all over it."""
-    size = os.path.getsize(path)
+def fingerprint(*paths):
+    """What tells files from other ones: their size together, and a hash of pieces from all over."""
+    size = 0
     digest = hashlib.sha256()
-    with open(path, 'rb') as f:
-        for i in range(NUM_PIECES):
-            f.seek(i * max(0, size - PIECE_BYTES) // (NUM_PIECES - 1))
-            digest.update(f.read(PIECE_BYTES))
+    num_pieces = max(2, NUM_PIECES // len(paths))  # of each file
+    for path in paths:
+        file_size = os.path.getsize(path)
+        size += file_size
+        with open(path, 'rb') as f:
+            for i in range(num_pieces):
+                f.seek(i * max(0, file_size - PIECE_BYTES) // (num_pieces - 1))
+                digest.update(f.read(PIECE_BYTES))
     return {'bytes': size, 'hash': digest.hexdigest()[:16]}
 
 

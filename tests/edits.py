@@ -10,8 +10,9 @@ import torch
 from conftest import ROOT, TINY, metrics, run
 
 from runtime import checkpoint, export, kernels
-from runtime.dataset import DataOrder, list_eval_batches, open_bin
+from runtime.dataset import DataOrder, list_eval_batches
 from runtime.meta import read_meta
+from runtime.shards import open_tokens
 from runtime.tokenizer import get_tokenizer
 
 SEED = 1337
@@ -105,8 +106,8 @@ class PlainRun:
         self.model = module.GPT(module.GPTConfig(vocab_size=vocab_size, **SHAPE, **options))
         self.optimizer = self.model.configure_optimizers(0.1, 3e-3, (0.9, 0.95), 'cpu')
         T = SHAPE['block_size']
-        self.tokens = {split: open_bin(os.path.join(data_dir, f'{split}.bin'), T, vocab_size,
-                                       self.meta) for split in ('train', 'val')}
+        self.tokens = {split: open_tokens(data_dir, split, T, vocab_size, self.meta)
+                       for split in ('train', 'val')}
         self.order = DataOrder('random', SEED, len(self.tokens['train']), T, BATCH_SIZE,
                                MICRO_STEPS)
         self.losses = []

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from model import GPT, GPTConfig
 from runtime import distributed, inference, kernels, optimizers, signals
-from runtime.dataset import DataOrder, check_ids, forget_pages, list_eval_batches
+from runtime.dataset import DataOrder, list_eval_batches
+from runtime.shards import check_ids, forget_pages
 
 FAST = dict(rope_base=100.0, qk_norm=True, relu2=True, tied=False, bigrams=60, embd_conv=2)
 # a large vocabulary never has all its logits at once

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import expect_error
 
-from runtime import dataset
+from runtime import dataset, shards
 
 
 @pytest.mark.parametrize('content, words', [
@@ -13,13 +13,13 @@ from runtime import dataset
     (b'\xff\xff' * 100, 'token id 65535')])
 def test_bins_that_cannot_be_trained_on(tmp_path, capsys, content, words):
     (tmp_path / 'train.bin').write_bytes(content)
-    said = expect_error(capsys, dataset.open_bin, str(tmp_path / 'train.bin'), 8, 1000)
+    said = expect_error(capsys, shards.open_tokens, str(tmp_path), 'train', 8, 1000)
     assert words in said and 'train.bin' in said
 
 
 def test_a_bin_is_mapped_and_little_endian(tmp_path):
     (tmp_path / 'train.bin').write_bytes(bytes([1, 0, 0, 1] * 10))
-    tokens = dataset.open_bin(str(tmp_path / 'train.bin'), 8, 1000)
+    tokens = shards.open_tokens(str(tmp_path), 'train', 8, 1000)
     assert isinstance(tokens, np.memmap) and tokens[:4].tolist() == [1, 256, 1, 256]
     assert not tokens.flags.writeable
 
@@ -41,20 +41,20 @@ def test_datasets_are_found_by_path_and_name(tmp_path, monkeypatch, capsys):
 def test_a_bin_that_changes_while_it_is_mapped(tmp_path, capsys):
     path = tmp_path / 'train.bin'
     np.arange(5000, dtype='<u2').tofile(path)
-    tokens = dataset.open_bin(str(path), 8, 5000)
-    dataset.check_mapped_file(tokens)
+    tokens = shards.open_tokens(str(tmp_path), 'train', 8, 5000)
+    shards.check_mapped_file(tokens)
     os.utime(path, ns=(0, 5))
     for _ in range(2):  # it is said once
-        dataset.check_mapped_file(tokens)
+        shards.check_mapped_file(tokens)
     assert capsys.readouterr().err == f'warning: {path} was changed while the run reads it\n'
     other = tmp_path / 'other.bin'
     np.arange(10, dtype='<u2').tofile(other)
     os.replace(path, tmp_path / 'kept.bin')
     os.replace(other, path)  # the mapped file is now kept.bin
-    dataset.check_mapped_file(tokens)
+    shards.check_mapped_file(tokens)
     os.replace(tmp_path / 'kept.bin', path)
     os.truncate(path, 9998)
-    said = expect_error(capsys, dataset.check_mapped_file, tokens)
+    said = expect_error(capsys, shards.check_mapped_file, tokens)
     assert 'was cut short: it had 10,000 bytes and has 9,998' in said
 
 
@@ -66,9 +66,9 @@ def test_what_was_read_of_a_bin_does_not_stay_in_the_process(tmp_path):
 
     path = tmp_path / 'train.bin'
     np.arange(2 ** 25, dtype='<u2').tofile(path)  # 64 MiB
-    tokens = dataset.open_bin(str(path), 8, 2 ** 16)
+    tokens = shards.open_tokens(str(tmp_path), 'train', 8, 2 ** 16)
     before = mapped()
     total = int(tokens.sum())
     assert mapped() > before + 2 ** 25
-    dataset.forget_pages(tokens)
+    shards.forget_pages(tokens)
     assert mapped() < before + 2 ** 24 and int(tokens.sum()) == total
