@@ -149,10 +149,9 @@ def count_mean_bytes(tokens, meta):
     A loss in nats / ln 2 / this is in bits per byte, which compares models of different
     tokenizers. The end of a text counts as 0 bytes.
     """
-    if meta and 'val_bytes' in meta:
-        return meta['val_bytes'] / len(tokens)
     if meta and 'itos' not in meta:
-        return None
+        num_bytes = meta.get('val_bytes')  # of the whole split, which has one token more
+        return num_bytes and num_bytes / (len(tokens) + 1)
     if meta:
         ids = range(CharTokenizer(meta).vocab_size)
         lengths = [len(meta['itos'].get(i, '').encode('utf-8')) for i in ids]

@@ -190,7 +190,7 @@ def test_from_a_text_to_transformers_and_back(tmp_path):
     out = train(tmp_path / 'data', tmp_path / 'out').stdout
     loss, bits = [float(out.split('step 4:')[1].split(word)[0].split()[-1])
                   for word in (', perplexity', ' bits/byte')]
-    num_bytes_per_token = meta_file['val_bytes'] / (len(ids[1]) - 1)
+    num_bytes_per_token = meta_file['val_bytes'] / len(ids[1])
     assert bits == pytest.approx(loss / np.log(2) / num_bytes_per_token, abs=2e-4)
     shutil.rmtree(tmp_path / 'data')  # sampling needs only the checkpoint
     written = sample(f'--out_dir={tmp_path / "out"}')

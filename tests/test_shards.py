@@ -11,7 +11,7 @@ from conftest import TINY, equal_states, expect_error, metrics, run, run_here, r
 from runtime import checkpoint, shards
 from runtime.dataset import find_data, identify_data
 from runtime.files import fingerprint
-from runtime.tokenizer import count_mean_bytes
+from runtime.meta import count_mean_bytes
 
 CUTS = [1, 40, 71, 5000, 5001, 5033]  # where shards begin: some are shorter than a sequence
 
