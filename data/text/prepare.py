@@ -2,7 +2,10 @@
 Your own text, by characters, bytes or BPE: writes data/<name>, for --dataset=<name>.
 
     python data/text/prepare.py --input=book.txt --name=mybook
-    python data/text/prepare.py --input=books/,more/*.jsonl.gz --name=mybooks --tokenizer=bpe
+    python train.py config/train_text.py --dataset=mybook --out_dir=out-mybook
+    python data/text/prepare.py --input=books,more/*.jsonl.gz --name=mybooks --tokenizer=bpe
+
+The last line that it prints trains with settings that suit the text and the machine.
 
 The tokenizers: char (the characters of the text), bytes (all 256), bpe (pairs of bytes that are
 frequent in this text, for any language), gpt2 (to finetune GPT-2), a tokenizer.json, or the name of
@@ -18,6 +21,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 sys.path.insert(0, os.path.dirname(sys.path[0]))  # the repository's root
 import corpus
 import encode
+import plan
 from documents import Documents
 
 from runtime import checkpoint, settings, tokenizer_json
@@ -134,5 +138,9 @@ if meta and 'tokenizer' in meta:
     gpt2_bytes = encode.count_gpt2_bytes(survey.sample)
     if gpt2_bytes:
         print(f"GPT-2's BPE has {gpt2_bytes:.2f} bytes per token of this text")
-corpus.print_next_step('config/train_python_char.py', num_tokens, dataset=out_dir or name,
-                       out_dir=f'out-{run_name}')
+run = dict(dataset=out_dir or name, out_dir=f'out-{run_name}')
+if meta:
+    run.update(plan.choose_run(num_tokens['train'], meta['vocab_size']))
+    corpus.print_next_step('config/train_text.py', num_tokens, **run)
+else:
+    corpus.print_next_step('config/finetune_shakespeare_gpt2.py', num_tokens, **run)
