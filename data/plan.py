@@ -4,6 +4,7 @@ The run that suits a text: the model's size, dropout and iterations, by the text
 import time
 
 import torch
+
 from model import GPT, GPTConfig
 from runtime import kernels, machine
 
