@@ -2,11 +2,13 @@
 What the prepare scripts share: getting a text, and writing its token ids as a dataset's files.
 """
 import contextlib
+import errno
 import hashlib
 import http.client
 import os
 import pickle
 import re
+import tempfile
 import time
 import urllib.request
 
@@ -28,6 +30,7 @@ def read_shakespeare(input_file, folder):
     """
     path = os.path.join(folder, 'input.txt')
     if not input_file and not os.path.exists(path):
+        check_writable(folder)
         download(SHAKESPEARE_URL, SHAKESPEARE_SHA256, path)
     return read_text(input_file or path)
 
@@ -92,6 +95,7 @@ def replace_dataset(folder, meta):
         names.append('meta.pkl')  # it takes its place first
     is_new = not os.path.exists(folder)
     make_folder(folder)
+    check_writable(folder)
     with contextlib.ExitStack() as stack:
         if is_new:
             stack.callback(remove_empty, folder)
@@ -110,6 +114,17 @@ def replace_dataset(folder, meta):
     for name in {'meta.pkl', 'tokenizer.json'}.difference(names):
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(folder, name))  # of an earlier dataset with another tokenizer
+
+
+def check_writable(folder):
+    """Fails if no file can be written there, as in a checkout that is for reading only."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        fail(f'{shorten_path(folder)} cannot be written to ({e.strerror})',
+             'name another folder with --out_dir=FOLDER, and train with --dataset=FOLDER')
 
 
 def remove_empty(folder):

@@ -1,14 +1,21 @@
-"""The packages that the project names, for pip and for uv."""
+"""Where the project is installed and started: packages, threads, notebooks, folders."""
 import ast
 import glob
 import os
 import re
+import runpy
+import shutil
+import signal
+import subprocess
 import sys
+import threading
 
+import nbclient
+import nbformat
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY, metrics
 
-tomllib = pytest.importorskip('tomllib', reason='Python 3.11 has it')
+from runtime import run_dir
 
 
 def read_requirements(name):
@@ -18,6 +25,7 @@ def read_requirements(name):
 
 
 def read_project():
+    tomllib = pytest.importorskip('tomllib', reason='Python 3.11 has it')
     with open(os.path.join(ROOT, 'pyproject.toml'), 'rb') as f:
         return tomllib.load(f)
 
@@ -48,3 +56,62 @@ def test_what_the_code_imports_is_installed():
     ours = {os.path.basename(path).removesuffix('.py') for path in paths} | {'runtime'}
     imported = set().union(*map(list_imports, paths))
     assert imported - ours - sys.stdlib_module_names <= named | brought
+
+
+# -----------------------------------------------------------------------------
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')  # exit status 0
+def test_training_in_a_thread(char_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['train.py', *TINY, f'--dataset={char_data}', '--max_iters=2',
+                                      f'--out_dir={tmp_path / "out"}'])
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    thread = threading.Thread(target=runpy.run_path, args=(os.path.join(ROOT, 'train.py'),))
+    thread.start()
+    thread.join()
+    assert metrics(tmp_path / 'out', 'eval')[-1]['iter'] == 2
+    assert os.path.exists(tmp_path / 'out' / 'ckpt.pt')
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_two_runs_in_one_notebook(char_data, tmp_path):
+    command = f'%run {ROOT}/train.py {" ".join(TINY)} --dataset={char_data} --out_dir=out'
+    cells = [f'{command} --max_iters=2', f'{command} --max_iters=4 --init_from=resume',
+             f'%run {ROOT}/sample.py --out_dir=out --num_samples=1 --max_new_tokens=5 --start=1']
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    client = nbclient.NotebookClient(notebook, timeout=120, kernel_name='python3',
+                                     resources={'metadata': {'path': str(tmp_path)}})
+    client.execute()  # an error in a cell raises
+    texts = [''.join(out.get('text', '') for out in cell.outputs) for cell in notebook.cells]
+    assert 'after 2 iterations' in texts[0] and 'resumed from out/ckpt.pt' in texts[1]
+    assert 'after 4 iterations' in texts[1] and '-' * 15 in texts[2]
+
+
+def test_the_commit_is_this_repositorys_or_none(tmp_path, monkeypatch):
+    git = ['git', '-C', str(tmp_path), '-c', 'user.name=x', '-c', 'user.email=x@x']
+    subprocess.run([*git, 'init', '-q'], check=True)
+    subprocess.run([*git, 'commit', '-q', '--allow-empty', '-m', 'x'], check=True)
+    head = subprocess.run([*git, 'rev-parse', 'HEAD'], capture_output=True, text=True).stdout
+    monkeypatch.setattr(run_dir, 'ROOT', str(tmp_path))
+    assert run_dir.read_commit() == head.strip() and len(head) > 39
+    (tmp_path / 'copy').mkdir()  # of the project, in somebody else's repository
+    monkeypatch.setattr(run_dir, 'ROOT', str(tmp_path / 'copy'))
+    assert run_dir.read_commit() == ''
+
+
+def can_mount():
+    command = ['unshare', '--map-root-user', '--mount', 'true']
+    return shutil.which('unshare') and not subprocess.run(command, capture_output=True).returncode
+
+
+@pytest.mark.skipif(not can_mount(), reason='needs unshare to make a folder read-only')
+@pytest.mark.parametrize('script, args', [
+    ('text', '--input=README.md --name=x'), ('python_char', '--max_bytes=300000'),
+    ('shakespeare_char', ''), ('shakespeare_char', '--input=README.md'),
+    ('fineweb_edu', '--input=README.md')])
+def test_a_checkout_that_is_only_for_reading(tmp_path, script, args):
+    prepare = f'{sys.executable} data/{script}/prepare.py {args}'
+    mount = f'mount --bind {ROOT} {ROOT} && mount -o remount,bind,ro {ROOT}'
+    shell = f'{mount} && cd {ROOT} && {prepare}'
+    out = subprocess.run(['unshare', '--map-root-user', '--mount', 'sh', '-c', shell],
+                         capture_output=True, text=True)
+    assert out.returncode == 1 and out.stderr.count('\n') == 1, out.stderr
+    assert 'Read-only file system' in out.stderr and '--out_dir' in out.stderr

@@ -45,7 +45,6 @@ out_dir = ''  # where the dataset is written; '': data/<name>
 exec(open(os.path.join(ROOT, 'configurator.py'), encoding='utf-8').read())
 
 
-
 def read_vocabulary(source):
     """The meta dict of a dataset, or of a run's folder; None for GPT-2's BPE."""
     data_dir = locate_data(source)
