@@ -12,8 +12,8 @@ BATCH_SIZE = 12  # of config/train_text.py
 BLOCK_SIZE = 64
 MAX_SECONDS = 300  # of a run
 # up to so many train tokens: the width of 4 layers, dropout, and how often the tokens are read
-PLANS = ((100_000, 96, 0.1, 35), (1_000_000, 96, 0.1, 20), (10_000_000, 128, 0.0, 10),
-         (float('inf'), 192, 0.0, 5))
+PLANS = ((100_000, 96, 0.1, 20), (1_000_000, 128, 0.0, 6), (10_000_000, 128, 0.0, 5),
+         (float('inf'), 192, 0.0, 3))
 
 
 def choose_run(num_tokens, vocab_size):
