@@ -42,12 +42,11 @@ if to == 'hf':
     prompt = 'A'
     if meta and 'A' not in meta.get('stoi', 'A'):
         prompt = min(meta['stoi'])
-    # a pipeline would generate 256 tokens, and this format has no more than block_size positions
-    max_new_tokens = max(1, min(100, model.config.block_size - 1))
-    folder, prompt = json.dumps(hf_dir), json.dumps(prompt)
+    arguments = json.dumps(prompt)
+    if model.config.block_size > 100:  # the folder limits the text to block_size, which takes long
+        arguments += ', max_new_tokens=99'
     code = ('from transformers import pipeline; '
-            f'print(pipeline("text-generation", {folder})({prompt}, '
-            f'max_new_tokens={max_new_tokens}))')
+            f'print(pipeline("text-generation", {json.dumps(hf_dir)})({arguments}))')
     say(f'exported {path} to {hf_dir}; try it: {shlex.join(["python", "-c", code])}')
 else:
     if checkpoint.exists(out_dir):

@@ -54,7 +54,7 @@ class Documents:
     def list_paths(self, input):
         """The paths of all files, and the names on the hub."""
         names = [input] if os.path.exists(input) else input.split(',')
-        for name in (os.path.expanduser(name.strip()) for name in names):
+        for name in (os.path.expanduser(name.strip()) for name in names if name.strip()):
             if name == '-' or is_pipe(name):
                 yield self.spool(name)
             elif os.path.isdir(name):
@@ -122,7 +122,7 @@ class Documents:
         except UnicodeDecodeError:
             place = readers.find_bad_byte(f.name, encoding)
             fail(f'{path} is not {encoding.upper()}: byte {place:,} is wrong',
-                 'name its encoding, for example --encoding=latin-1, or repair it')
+                 'name its encoding, such as --encoding=cp1252, cp1251 or gb18030, or leave it out')
         except (*readers.ERRORS, csv.Error, ValueError, RecursionError) as e:
             fail(f'{path} cannot be read ({get_first_line(e)})', 'repair it, or leave it out')
 
@@ -143,7 +143,8 @@ class Documents:
     def skip(self, path):
         """Leaves out a file that isn't text; fails if somebody has named it."""
         if path in (*self.named_paths, 'the input'):
-            fail(f'{path} is not text: it has zero bytes', 'name a text file, or its --encoding')
+            fail(f'{path} is not text: it has characters of code 0, as archives and pictures have',
+                 'name a text file; for UTF-16 without a mark use --encoding=utf-16-le')
         self.skipped_files.append(path)
 
     def print_omissions(self):
@@ -159,10 +160,10 @@ class Documents:
         name = getattr(self, setting)
         for i, row in enumerate(rows):
             if i == 0 and isinstance(row, dict) and name not in row:
-                names = shorten(', '.join(map(str, row)), 200)
-                fail(f'{path} has no {setting} {name!r}, but {names}',
-                     f'name the one with the text: --{setting}=NAME, or nothing to take the '
-                     f'file as it is: --{setting}=')
+                names = [shorten(' '.join(str(key).split()), 30) for key in row]
+                fail(f'{path} has no {setting} {name!r}, but {shorten(", ".join(names), 200)}',
+                     f'name the one with the text: --{setting}=NAME; for text files that only look '
+                     f'like this, name nothing: --{setting}=')
             text = row.get(name) if isinstance(row, dict) else row
             if isinstance(text, str) and text:
                 if not text.isascii() and HALVES.search(text):

@@ -64,14 +64,18 @@ def split_at(documents, num_train_characters):
 
 
 def split_by_document(documents, val_share):
-    """(text, is_last, split) of pieces: evenly spaced documents are for validation."""
+    """(text, is_last, split) of pieces: evenly spaced documents are for validation.
+
+    Of a document that is very long among the others, evenly spaced pieces are.
+    """
     num_characters = {'train': 0, 'val': 0}
     split = 'train'
-    is_first = True
+    is_first, is_long = True, False
     for text, is_last in documents:
-        if is_first:
-            is_due = num_characters['val'] < val_share * sum(num_characters.values())
-            split = 'val' if is_due else 'train'
+        num_due = val_share * sum(num_characters.values())
+        is_long = not is_first and (is_long or num_characters['val'] > 2 * num_due)
+        if is_first or is_long:
+            split = 'val' if num_characters['val'] < num_due else 'train'
         num_characters[split] += len(text)
         yield text, is_last, split
         is_first = is_last

@@ -118,7 +118,7 @@ def test_an_encoding_by_name(tmp_path):
     path = tmp_path / 'a.txt'
     path.write_bytes(b'a' * 9000 + text.encode('latin-1'))
     err = prepare(tmp_path / 'data', f'--input={path}', ok=False).stderr
-    assert f'{path} is not UTF-8: byte 9,001 is wrong' in err and '--encoding=latin-1' in err
+    assert f'{path} is not UTF-8: byte 9,001 is wrong' in err and '--encoding=cp1252' in err
     prepare(tmp_path / 'data', f'--input={path}', '--encoding=latin-1')
     assert ''.join(sum(read_documents(tmp_path / 'data').values(), [])).endswith(text)
     err = prepare(tmp_path / 'x', f'--input={path}', '--encoding=latin-99', ok=False).stderr
@@ -266,6 +266,10 @@ def test_documents_are_split_whole_and_evenly():
         splits[split].append(text)
     share = len(''.join(splits['val'])) / sum(len(text) for text, _ in documents)
     assert 0.028 < share < 0.032
+    book = [('x' * 1000, i == 99) for i in range(100)]  # a long document among short ones
+    pieces = [('a' * 2000, True), *book, *[('b', True)] * 30]
+    num_val = sum(len(t) for t, _, s in encode.split_by_document(iter(pieces), 0.1) if s == 'val')
+    assert 0.05 < num_val / 102_030 < 0.25
     in_two_pieces = [('a', False), ('b', True)] * 50  # of one document each
     for split in ('train', 'val'):
         texts = [t for t, _, s in encode.split_by_document(iter(in_two_pieces), 0.2) if s == split]

@@ -89,6 +89,8 @@ if missing:
          'for example: python data/text/prepare.py --input=book.txt --name=mybook')
 if vocabulary and tokenizer != 'char':
     fail(f'--vocabulary has no effect with tokenizer={tokenizer!r}', 'leave out one of them')
+if tokenizer != 'bpe' and vocab_size != 8192:
+    fail(f'--vocab_size has no effect with tokenizer={tokenizer!r}', 'use --tokenizer=bpe')
 if tokenizer == 'bpe' and vocab_size < 257:
     fail(f'vocab_size={vocab_size} is less than 257', 'BPE needs 256 bytes and the end of a text')
 if not out_dir:
@@ -111,7 +113,7 @@ enough_documents = math.ceil(1 / val_share)  # for one of them to be the validat
 depends_on_text = tokenizer in ('char', 'bpe') and not (meta and 'tokenizer' in meta)
 survey = encode.Survey(documents, None if depends_on_text else enough_documents)
 if not survey.num_documents:
-    problem = 'is empty'
+    problem = 'has no text files' if documents.skipped_files else 'is empty'
     if documents.num_skipped:
         problem = f'has no text, only {documents.num_skipped:,} rows without one'
     fail(f'{input} {problem}', 'name a text file with --input=FILE')
