@@ -93,6 +93,8 @@ def replace_dataset(folder, meta):
         names.append('tokenizer.json')
     if meta:
         names.append('meta.pkl')  # it takes its place first
+    stale_names = {'meta.pkl', 'tokenizer.json'}.difference(names)
+    check_tokenizer_file(folder)
     is_new = not os.path.exists(folder)
     make_folder(folder)
     check_writable(folder)
@@ -111,9 +113,9 @@ def replace_dataset(folder, meta):
             description['bins'] = {split: fingerprint(f.name) for split, f in bins.items()}
             pickle.dump(description, files['meta.pkl'])
             flush(files['meta.pkl'])
-    for name in {'meta.pkl', 'tokenizer.json'}.difference(names):
+    for name in stale_names:
         with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(folder, name))  # of an earlier dataset with another tokenizer
+            os.remove(os.path.join(folder, name))
 
 
 def check_writable(folder):
@@ -125,6 +127,18 @@ def check_writable(folder):
             raise
         fail(f'{shorten_path(folder)} cannot be written to ({e.strerror})',
              'name another folder with --out_dir=FOLDER, and train with --dataset=FOLDER')
+
+
+def check_tokenizer_file(folder):
+    """Fails if the folder has a tokenizer.json that isn't of an earlier dataset."""
+    path = os.path.join(folder, 'tokenizer.json')
+    is_ours = False
+    with contextlib.suppress(FileNotFoundError):
+        with open(os.path.join(folder, 'meta.pkl'), 'rb') as f:
+            is_ours = b'stoi' not in f.read()  # replace_dataset() wrote both, and no table
+    if os.path.exists(path) and not is_ours:
+        fail(f'{path} is there, and it is not of an earlier dataset',
+             'move it away, or name another folder with --out_dir')
 
 
 def remove_empty(folder):

@@ -20,9 +20,11 @@ import readers
 from runtime.console import fail, get_first_line, shorten
 from runtime.files import check_file
 
+TITLE = 'the input'  # of what comes through a pipe
 HUB_NAME = re.compile(r'[\w-]+/[\w.-]*[\w-](:[\w.-]+)?')  # owner/name:configuration
 HALVES = re.compile('[\ud800-\udfff]')  # of a character in UTF-16, which JSON may have by mistake
 JSON_START = re.compile(r'\s*(\[\s*)?\{\s*"(?:[^"\\\n]|\\.)*"\s*:')
+MAX_ROWS_WITHOUT = 1000  # rows without the field or column; then the file has none
 KINDS = {'.json': 'json', '.jsonl': 'json', '.ndjson': 'json', '.csv': 'csv', '.tsv': 'csv'}
 
 
@@ -38,11 +40,13 @@ class Documents:
     def __init__(self, input, field='text', column='text', encoding=''):
         self.field, self.column, self.encoding = field, column, encoding
         try:
-            codecs.lookup(encoding or 'utf-8')
+            ''.encode(encoding or 'utf-8')
         except LookupError:
             fail(f'encoding={encoding!r} is not known', 'for example: --encoding=latin-1')
+        if encoding and codecs.lookup(encoding).name == 'utf-8':
+            self.encoding = 'utf-8-sig'  # also without a mark
         self.spooled_files = {}  # {path: file}: copies of pipes, which can't be read twice
-        self.named_paths = []
+        self.named_paths = [TITLE]
         self.paths = list(dict.fromkeys(self.list_paths(input)))
         self.num_bytes = sum(os.path.getsize(path) for path in self.paths if os.path.exists(path))
         self.start()
@@ -65,7 +69,7 @@ class Documents:
                 if not files:
                     fail(f'no file matches {name}', 'put quotes around it if the shell changes it')
                 yield from files
-            elif os.path.exists(name) or not HUB_NAME.fullmatch(name) or '.' in name.split(':')[0]:
+            elif os.path.exists(name) or not HUB_NAME.fullmatch(name) or has_suffix(name):
                 try:
                     check_file(name)
                 except OSError as e:
@@ -93,7 +97,7 @@ class Documents:
                 continue
             num_earlier_bytes = self.num_read_bytes
             with open(path, 'rb') as f:
-                title = 'the input' if path in self.spooled_files else path
+                title = TITLE if path in self.spooled_files else path
                 for item in self.read_file(f, title):
                     self.num_read_bytes = num_earlier_bytes + f.tell()
                     yield item
@@ -108,7 +112,8 @@ class Documents:
                 return (yield from self.take_texts(rows, path, 'column'))
             stream = readers.decompress(f)
             encoding = encoding or readers.detect_encoding(stream.peek())
-            if not encoding:
+            if not encoding or path not in self.named_paths and not starts_with_text(
+                    stream.peek(), encoding):
                 return self.skip(path)
             head = stream.peek().decode(encoding, errors='ignore')
             kind = self.choose_kind(path, head)
@@ -120,6 +125,8 @@ class Documents:
                 else:
                     yield from readers.read_pieces(text)
         except UnicodeDecodeError:
+            if not encoding:
+                fail(f'{path} has a text that is not UTF-8', 'repair it, or leave it out')
             place = readers.find_bad_byte(f.name, encoding)
             fail(f'{path} is not {encoding.upper()}: byte {place:,} is wrong',
                  'name its encoding, such as --encoding=cp1252, cp1251 or gb18030, or leave it out')
@@ -142,7 +149,7 @@ class Documents:
 
     def skip(self, path):
         """Leaves out a file that isn't text; fails if somebody has named it."""
-        if path in (*self.named_paths, 'the input'):
+        if path in self.named_paths:
             fail(f'{path} is not text: it has characters of code 0, as archives and pictures have',
                  'name a text file; for UTF-16 without a mark use --encoding=utf-16-le')
         self.skipped_files.append(path)
@@ -158,28 +165,56 @@ class Documents:
     def take_texts(self, rows, path, setting):
         """The texts of rows. They are texts, or dicts with a text under the name in the setting."""
         name = getattr(self, setting)
+        names = []  # of the first row
+        is_found = False
         for i, row in enumerate(rows):
-            if i == 0 and isinstance(row, dict) and name not in row:
-                names = [shorten(' '.join(str(key).split()), 30) for key in row]
-                fail(f'{path} has no {setting} {name!r}, but {shorten(", ".join(names), 200)}',
-                     f'name the one with the text: --{setting}=NAME; for text files that only look '
-                     f'like this, name nothing: --{setting}=')
             text = row.get(name) if isinstance(row, dict) else row
-            if isinstance(text, str) and text:
-                if not text.isascii() and HALVES.search(text):
-                    text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
-                yield text, True
-            else:
+            is_found = is_found or not isinstance(row, dict) or name in row
+            if not names and isinstance(row, dict):
+                names = [shorten(' '.join(str(key).split()), 30) for key in row]
+            if not is_found and i == MAX_ROWS_WITHOUT:
+                break
+            if not isinstance(text, str) or not text:
                 self.num_skipped += 1
+                continue
+            if not text.isascii() and HALVES.search(text):
+                text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+            if len(text) > readers.PIECE_LENGTH:
+                yield from readers.read_pieces(io.StringIO(text, newline=''))
+            else:
+                yield text, True
+        if names and not is_found:
+            fail(f'{path} has no {setting} {name!r}, but {shorten(", ".join(names), 200)}',
+                 f'name the one with the text: --{setting}=NAME; for text files that only look '
+                 f'like this, name nothing: --{setting}=')
+
+
+def has_suffix(name):
+    """Whether a name ends as those of files do, and not in a version such as 2.5."""
+    return os.path.splitext(name.split(':')[0])[1][1:2].isalpha()
 
 
 def is_pipe(path):
     return os.path.exists(path) and stat.S_ISFIFO(os.stat(path).st_mode)
 
 
+def starts_with_text(head, encoding):
+    """Whether the first bytes of a file are a text in this encoding; the last one may be cut."""
+    try:
+        codecs.getincrementaldecoder(encoding)().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def list_folder(folder):
     """All files in a folder and the folders in it, but not the hidden ones."""
-    for parent, folders, names in os.walk(folder):
+    known_folders = set()  # links may make a circle
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(parent) in known_folders:
+            folders.clear()
+            continue
+        known_folders.add(os.path.realpath(parent))
         folders[:] = sorted(name for name in folders if not name.startswith('.'))
         paths = [os.path.join(parent, name) for name in sorted(names) if not name.startswith('.')]
         yield from [path for path in paths if os.path.isfile(path)]

@@ -9,11 +9,12 @@ import corpus
 import numpy as np
 from tqdm import tqdm
 
+from runtime.console import fail, get_first_line
 from runtime.tokenizer import get_code_points
 
 MAX_SAMPLE_LENGTH = 2 ** 25  # characters
 MAX_COMPARED_LENGTH = 2 ** 21  # characters
-BATCH_LENGTH = 2 ** 20  # characters that one thread encodes together
+BATCH_LENGTH = 2 ** 18  # characters that one thread encodes together
 
 
 class Survey:
@@ -81,6 +82,10 @@ def split_by_document(documents, val_share):
         is_first = is_last
 
 
+class EncodingError(Exception):
+    """A tokenizer can't encode a text."""
+
+
 class Encoder:
     """Encodes pieces of documents by several threads, and counts what it writes.
 
@@ -111,7 +116,10 @@ class Encoder:
         """({split: ids}, {split: bytes}, the number of documents that end) of some pieces."""
         arrays = {split: [] for split in self.files}
         num_bytes = dict.fromkeys(self.files, 0)
-        ids = self.tokenizer.encode_batch([text for text, _, _ in pieces])
+        try:
+            ids = self.tokenizer.encode_batch([text for text, _, _ in pieces])
+        except Exception as e:  # the package tokenizers has no class of its own for its errors
+            raise EncodingError(get_first_line(e)) from e
         for (text, is_last, split), array in zip(pieces, ids):
             arrays[split].append(array)
             num_bytes[split] += len(text) if text.isascii() else len(text.encode('utf-8'))
@@ -126,7 +134,10 @@ def write_dataset(folder, documents, pieces, tokenizer, meta, num_threads, start
     """Encodes the pieces and writes them as a dataset, with a summary. Returns {split: tokens}."""
     with corpus.replace_dataset(folder, meta) as files:
         encoder = Encoder(tokenizer, corpus.get_dtype(meta), files, num_threads)
-        encoder.write(documents, pieces)
+        try:
+            encoder.write(documents, pieces)
+        except EncodingError as e:
+            fail(f'the tokenizer cannot encode this text ({e})', 'use another tokenizer')
         corpus.check_lengths(encoder.num_tokens)
         if meta:
             meta['val_bytes'] = encoder.num_bytes['val']
@@ -163,13 +174,16 @@ def map_ahead(pool, function, items, max_ahead):
         yield futures.popleft().result()
 
 
-def count_gpt2_bytes(texts):
-    """The bytes per token of texts in GPT-2's BPE; None if that can't be had here."""
+def compare_with_gpt2(tokenizer, texts):
+    """Prints the bytes per token of texts, and of GPT-2's BPE, if that can be had here."""
     try:
         import tiktoken
         bpe = tiktoken.get_encoding('gpt2')
     except Exception:  # not installed, or its download failed
-        return None
+        return
     texts = texts[::1 + sum(map(len, texts)) // MAX_COMPARED_LENGTH]
-    num_tokens = sum(len(bpe.encode_ordinary(text)) for text in texts)
-    return sum(len(text.encode('utf-8')) for text in texts) / num_tokens
+    num_bytes = sum(len(text.encode('utf-8')) for text in texts)
+    num_tokens = sum(map(len, tokenizer.encode_batch(texts)))
+    num_gpt2_tokens = sum(len(bpe.encode_ordinary(text)) for text in texts)
+    print(f'bytes per token, without the ends of documents: {num_bytes / num_tokens:.2f}; '
+          f"with GPT-2's BPE: {num_bytes / num_gpt2_tokens:.2f}")

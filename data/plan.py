@@ -12,7 +12,7 @@ BATCH_SIZE = 12  # of config/train_text.py
 BLOCK_SIZE = 64
 MAX_SECONDS = 300  # of a run
 # up to so many train tokens: the width of 4 layers, dropout, and how often the tokens are read
-PLANS = ((100_000, 96, 0.1, 20), (1_000_000, 128, 0.0, 6), (10_000_000, 128, 0.0, 5),
+PLANS = ((150_000, 96, 0.1, 31), (1_500_000, 128, 0.0, 6), (15_000_000, 128, 0.0, 5),
          (float('inf'), 192, 0.0, 3))
 
 
@@ -23,7 +23,7 @@ def choose_run(num_tokens, vocab_size):
                                   n_head=4, n_embd=n_embd, dropout=dropout, bias=False))
     by_text = passes * num_tokens / (BATCH_SIZE * BLOCK_SIZE)
     by_time = MAX_SECONDS / seconds
-    max_iters = max(250, 250 * round(min(by_text, by_time) / 250))
+    max_iters = max(100, 50 * round(min(by_text, by_time) / 50))
     reason = f'more than {passes} passes over {num_tokens:,} train tokens would help little'
     if by_time < by_text:
         reason = f'an iteration takes {1000 * seconds:.0f} ms on this machine now'
@@ -35,8 +35,8 @@ def choose_run(num_tokens, vocab_size):
 def time_step(config, repeats=30):
     """The seconds that a training step of this model takes here, without compiling.
 
-    On a CPU one thread computes it. Several ones wait for each other, so a busy machine would look
-    much slower than it is.
+    On a CPU one thread computes it. Several threads wait for each other, so a busy machine would
+    look much slower than it is.
     """
     device, _ = machine.choose_device('auto')
     device_type = torch.device(device).type

@@ -71,8 +71,8 @@ def find_bad_byte(path, encoding):
 def read_pieces(f):
     """(piece, is_last) of a text file.
 
-    A piece ends between two lines or words. There no token of a byte-level BPE goes on, so its
-    tokens are those of the whole text.
+    A piece ends between two lines or words. No token of a byte-level BPE crosses such a place, so
+    the pieces have the tokens of the whole text.
     """
     text = ''
     while block := f.read(PIECE_LENGTH):
@@ -102,7 +102,7 @@ def read_json(f):
     text = ''
     num_lines = 0
     while True:
-        block = f.read(2 ** 20)
+        block = f.read(max(2 ** 20, len(text)))  # more and more for a long value
         text += block
         start = SEPARATORS.match(text).end()
         while start < len(text):
@@ -125,7 +125,7 @@ def read_json(f):
 def read_parquet(f, column):
     """The texts in a column, or one dict with the names of all columns if this one isn't there."""
     from pyarrow import parquet
-    table = parquet.ParquetFile(f)
+    table = parquet.ParquetFile(f, pre_buffer=False)
     if column not in table.schema_arrow.names:
         yield dict.fromkeys(table.schema_arrow.names)
         return

@@ -5,7 +5,7 @@ Measures what each option of the fast recipe is worth: trains without it, with t
     python recipes/ablation.py --max_iters=1600 --lr_decay_iters=1600 --learning_rate=3e-3
 
 The arguments are train.py's. It needs data/shakespeare_char, and takes some minutes on 2 CPU cores.
-It prints a table. The last line is JSON.
+It runs wherever train.py does. It prints a table. The last line is JSON.
 """
 import json
 import os

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures every row of the speed table in docs/speed.md, which takes about half an hour on 2 cores.
-# It runs on Linux. Run nothing else at the same time.
+# It needs Linux and bash. Run nothing else at the same time.
 #
 #     bash recipes/bench.sh [FOLDER]
 #

@@ -3,7 +3,8 @@
 #
 #     bash recipes/gpu.sh [FOLDER [FLAGS]]
 #
-# It needs data/shakespeare_char and pytest. FOLDER (out-gpu) gets a log for each part, summary.txt,
+# It needs Linux, bash, data/shakespeare_char and pytest.
+# FOLDER (out-gpu) gets a log for each part, summary.txt,
 # and results.json with the figures. A part that fails or takes too long doesn't stop the others.
 # PARTS="tests bench" runs only these parts. FLAGS are added to the commands of bench.py and
 # train.py. With DEVICE=cpu and flags that make the model small, the script can be tried without a

@@ -1,5 +1,5 @@
 """
-Makes damaged and hostile files in the current folder, and has the scripts read them in forks.
+Makes damaged and hostile files in the current folder, and scripts read them in forks. Linux only.
 """
 import collections
 import io

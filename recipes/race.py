@@ -10,7 +10,7 @@ other; run nothing else at the same time. FOLDER is where the runs and race.png 
 The baseline for the seconds is nanoGPT's recipe in plain PyTorch, recipes/peers/plain.py.
 
 A val loss is the mean over the whole val split, in windows of 64 tokens. Seconds count only the
-training. The last line is JSON.
+training. The last line is JSON. It runs wherever train.py does.
 """
 import json
 import os

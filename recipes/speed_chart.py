@@ -2,6 +2,8 @@
 Draws the speed table of docs/speed.md: reads assets/bench/cpu.json, writes assets/speed.png.
 
     python recipes/speed_chart.py
+
+It runs on any system.
 """
 import json
 import os

@@ -143,6 +143,8 @@ def write_config(folder, config, args, end_ids):
         n_inner=None, activation_function=activation, layer_norm_epsilon=1e-5,
         initializer_range=0.02, **dropout, **ends, tie_word_embeddings=True, use_cache=True,
         torch_dtype='float32', bias=config.bias))
+    if 'eos_token_id' not in end_ids:  # generate() would mask a character of the prompt
+        end_ids = {}
     write_json(folder, 'generation_config.json', dict(end_ids, max_length=args['block_size']))
 
 

@@ -109,7 +109,10 @@ def make_meta(text, path):
     tokenizer = FileTokenizer(text, path)
     if is_gpt2(tokenizer.ids):
         return None
-    meta = {'vocab_size': tokenizer.vocab_size, 'tokenizer': text}
+    if not 1 <= tokenizer.vocab_size <= MAX_SIZES['uint32']:
+        fail(f'{path} has ids up to {tokenizer.vocab_size - 1:,}, more than a vocabulary can have',
+             'name another tokenizer.json')
+    meta = {'vocab_size': tokenizer.vocab_size, 'tokenizer': tokenizer.text}
     if tokenizer.vocab_size > MAX_SIZES['uint16']:
         meta['dtype'] = 'uint32'  # of the ids in the bins; they are uint16 without this key
     return meta

@@ -12,6 +12,8 @@ from runtime.console import fail, get_first_line, shorten
 END_OF_TEXT = '<|endoftext|>'
 # what well-known tokenizers call the end of a document
 END_TOKENS = (END_OF_TEXT, '<|end_of_text|>', '<|bos|>', '</s>', '<eos>', '[EOS]', '[SEP]')
+# of a tokenizer.json: they change the ids of a text, and a training text needs none of them
+ADDITIONS = ('truncation', 'padding', 'post_processor')
 MAX_TOKENIZER_LENGTH = 2 ** 26  # characters; the largest that people use have half of that
 
 
@@ -100,13 +102,14 @@ class FileTokenizer:
 
     def __init__(self, text, source='the tokenizer'):
         import tokenizers  # here: characters and GPT-2's BPE don't need it
-        self.text = text
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_str(text)
-            self.tokenizer.no_padding()
-            self.tokenizer.no_truncation()
-            self.ids = self.tokenizer.get_vocab()
             description = json.loads(text)
+            self.text = text
+            if any(description.get(key) for key in ADDITIONS):
+                description.update(dict.fromkeys(ADDITIONS))
+                self.text = json.dumps(description, ensure_ascii=False)
+            self.tokenizer = tokenizers.Tokenizer.from_str(self.text)
+            self.ids = self.tokenizer.get_vocab()
             self.special_tokens = {token['content']: self.ids[token['content']]
                                    for token in description['added_tokens']}
         except BaseException as e:  # a panic in the package's code is not an Exception
@@ -115,7 +118,7 @@ class FileTokenizer:
             fail(f'{source} is not a usable tokenizer.json ({get_first_line(e)})',
                  'save it again with a recent version of tokenizers')
         self.vocab_size = max(self.ids.values(), default=-1) + 1
-        self.name = f'{description["model"]["type"]} of {self.vocab_size:,} tokens'
+        self.name = f'{type(self.tokenizer.model).__name__} of {self.vocab_size:,} tokens'
         end_tokens = [token for token in END_TOKENS if token in self.special_tokens]
         self.end_id = self.ids[end_tokens[0]] if end_tokens else None
         self.is_byte_level = (description.get('decoder') or {}).get('type') == 'ByteLevel'
@@ -125,13 +128,24 @@ class FileTokenizer:
                           for token, i in self.ids.items()}
             self.bytes.update((i, token.encode('utf-8'))
                               for token, i in self.special_tokens.items())
+        self.has_only_bytes = self.is_byte_level and self.vocab_size == 257 and all(
+            self.bytes.get(b) == bytes([b]) for b in range(256))
 
     def encode(self, text):
         """Token ids (list of int) of the text; special tokens in it are special."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as e:  # it has no common base class
+            fail(f'the tokenizer cannot encode {shorten(text, 50)!r} ({get_first_line(e)})',
+                 'use another text')
 
     def encode_batch(self, texts):
-        """The ids of each text, an array (tokens,); special tokens in it are ordinary text."""
+        """The ids of each text, an array (tokens,); special tokens in it are ordinary text.
+
+        An exception if it can't encode one of them.
+        """
+        if self.has_only_bytes:  # much faster
+            return [np.frombuffer(text.encode('utf-8'), dtype=np.uint8) for text in texts]
         encodings = self.plain_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
@@ -158,8 +172,9 @@ class FileTokenizer:
 
 def is_gpt2(ids):
     """Whether this is the vocabulary of GPT-2's BPE: {token: id}."""
-    known = {'!': 0, 'the': 1169, '\u0120the': 262, '\u0120gazed': 50255}
-    return isinstance(ids, dict) and {token: ids.get(token) for token in known} == known
+    known = {'!': 0, 'the': 1169, '\u0120the': 262, '\u0120gazed': 50255, END_OF_TEXT: 50256}
+    return (isinstance(ids, dict) and len(ids) == 50257
+            and {token: ids.get(token) for token in known} == known)
 
 
 def list_byte_characters():
@@ -188,10 +203,19 @@ def read_tokenizer_file(path):
 
 def have_same_tokens(meta, other_meta):
     """Whether two meta dicts give the same ids to the same texts, as far as they say."""
-    texts = meta.get('tokenizer'), other_meta.get('tokenizer')
-    if texts[0] and texts[1] and texts[0] != texts[1]:  # perhaps another program has saved it
-        return FileTokenizer(texts[0]).ids == FileTokenizer(texts[1]).ids
-    return texts[0] == texts[1] and meta.get('stoi') == other_meta.get('stoi')
+    text, other_text = meta.get('tokenizer'), other_meta.get('tokenizer')
+    if text and other_text and text != other_text:  # another program may have saved it anew
+        return list_parts(text) == list_parts(other_text)
+    return text == other_text and meta.get('stoi') == other_meta.get('stoi')
+
+
+def list_parts(text):
+    """The parts of a tokenizer.json that make ids, in a form that doesn't depend on its version."""
+    tokenizer = FileTokenizer(text)
+    parts = json.loads(text)
+    merges = [' '.join(pair) if isinstance(pair, list) else pair
+              for pair in parts['model'].get('merges', [])]
+    return tokenizer.ids, merges, parts.get('normalizer'), parts.get('pre_tokenizer')
 
 
 def get_tokenizer(meta, vocab_size=None):

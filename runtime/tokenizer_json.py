@@ -5,19 +5,22 @@ BPE (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909) begins with bytes, 
 it has no unknown characters, and any program that reads GPT-2's tokenizer reads these.
 """
 import json
+import re
 
 from runtime.console import fail
-from runtime.tokenizer import END_OF_TEXT, GPT2Tokenizer, list_byte_characters
+from runtime.tokenizer import END_OF_TEXT, FileTokenizer, GPT2Tokenizer, list_byte_characters
 
+# {1,3}+ takes what it can and gives nothing back in tiktoken, but repeats {1,3} in tokenizers
+POSSESSIVE = re.compile(r'((?:\\p\{\w+\}|\[[^\]]*\])\{\d+,\d*\})\+')
+PROBE = "It's 12345678 ЁЛКИ, 東京 \u0928\u0926\u0940!\r\n\n  x\t'LL I\u0301 ...\n "
 GPT2_FILES = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
 
 
 def make_byte_level(model):
     """A tokenizer that splits a text as GPT-2's does, into parts that the model encodes."""
-    from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -87,7 +90,7 @@ def splits_as_gpt2(text):
     parts = json.loads(text)
     expected = json.loads(make_byte_level(models.BPE()).to_str())
     keys = ('normalizer', 'pre_tokenizer', 'decoder')
-    return (parts['model']['type'] == 'BPE' and not parts['model'].get('ignore_merges')
+    return (parts['model'].get('type') == 'BPE' and not parts['model'].get('ignore_merges')
             and all(parts.get(key) == expected[key] for key in keys))
 
 
@@ -109,12 +112,18 @@ def convert_tiktoken(name):
         pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
         pairs = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
         merges += sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-    tokenizer = make_byte_level(models.BPE(ranks, merges, ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(bpe._pat_str), 'isolated'),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     names = {i: token for token, i in bpe._special_tokens.items()}
     # ids that tiktoken leaves out get a name, too, so that the others keep theirs
-    tokenizer.add_special_tokens([names.get(i, f'<|unused_{i}|>')
-                                  for i in range(len(ranks), bpe.n_vocab)])
-    return format_json(tokenizer)
+    added_ids = {names.get(i, f'<|unused_{i}|>'): i
+                 for i in sorted({*range(bpe.n_vocab)} - {*ranks.values()})}
+    tokenizer = make_byte_level(models.BPE({**ranks, **added_ids}, merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(POSSESSIVE.sub(r'(?>\1)', bpe._pat_str)), 'isolated'),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.add_special_tokens(list(added_ids))
+    text = format_json(tokenizer)
+    ids, = FileTokenizer(text).encode_batch([PROBE])
+    if ids.tolist() != bpe.encode_ordinary(PROBE):
+        fail(f'the tokenizer {name} of tiktoken cannot be written as a tokenizer.json',
+             'use a tokenizer.json of the same model')
+    return text

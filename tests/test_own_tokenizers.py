@@ -176,7 +176,7 @@ def test_from_a_text_to_transformers_and_back(tmp_path):
     from transformers import AutoTokenizer
     text = make_text('ru')
     out = prepare(tmp_path / 'data', text, '--tokenizer=bpe', '--vocab_size=320').stdout
-    assert 'vocabulary: 320 tokens' in out and "GPT-2's BPE has" in out
+    assert 'vocabulary: 320 tokens' in out and "with GPT-2's BPE: " in out
     names = ['meta.pkl', 'tokenizer.json', 'train.bin', 'val.bin']
     assert sorted(os.listdir(tmp_path / 'data')) == names
     meta_file = pickle.loads((tmp_path / 'data' / 'meta.pkl').read_bytes())

@@ -133,12 +133,11 @@ if survey.num_documents < enough_documents:
     pieces = encode.split_at(documents, int((1 - val_share) * survey.num_characters))
 else:
     pieces = encode.split_by_document(documents, val_share)
+encoder = get_tokenizer(meta)
 num_tokens = encode.write_dataset(out_dir or os.path.join(ROOT, 'data', name), documents, pieces,
-                                  get_tokenizer(meta), meta, num_threads, start_time)
+                                  encoder, meta, num_threads, start_time)
 if meta and 'tokenizer' in meta:
-    gpt2_bytes = encode.count_gpt2_bytes(survey.sample)
-    if gpt2_bytes:
-        print(f"GPT-2's BPE has {gpt2_bytes:.2f} bytes per token of this text")
+    encode.compare_with_gpt2(encoder, survey.sample)
 run = dict(dataset=out_dir or name, out_dir=f'out-{run_name}')
 if meta:
     run.update(plan.choose_run(num_tokens['train'], meta['vocab_size']))

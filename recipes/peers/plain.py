@@ -9,7 +9,7 @@ A GPT-2 in plain PyTorch, as a yardstick: what training and generating cost with
 On a CPU it is eager, in float32, with AdamW's default. The presets for a GPU train as one does
 there without further thought: compiled, in bfloat16, with a fused AdamW. A batch is a slice for
 each row, and for each new token the model reads all of the context again. So it costs about as much
-as nanoGPT, and it uses nothing of this repository.
+as nanoGPT, and it uses nothing of this repository. It runs on any system.
 
 The last line is JSON. With --turns=True it measures once for each line on stdin, and prints a line
 for each: bench.py --compare="..." takes turns with it that way, without starting it anew.
