@@ -128,7 +128,7 @@ class Documents:
             if not encoding:
                 fail(f'{path} has a text that is not UTF-8', 'repair it, or leave it out')
             place = readers.find_bad_byte(f.name, encoding)
-            fail(f'{path} is not {encoding.upper()}: byte {place:,} is wrong',
+            fail(f'{path} is not {encoding.upper().removesuffix("-SIG")}: byte {place:,} is wrong',
                  'name its encoding, such as --encoding=cp1252, cp1251 or gb18030, or leave it out')
         except (*readers.ERRORS, csv.Error, ValueError, RecursionError) as e:
             fail(f'{path} cannot be read ({get_first_line(e)})', 'repair it, or leave it out')

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from runtime.console import fail, get_first_line
-from runtime.tokenizer import get_code_points
+from runtime.tokenizer import find_gpt2, get_code_points
 
 MAX_SAMPLE_LENGTH = 2 ** 25  # characters
 MAX_COMPARED_LENGTH = 2 ** 21  # characters
@@ -176,10 +176,8 @@ def map_ahead(pool, function, items, max_ahead):
 
 def compare_with_gpt2(tokenizer, texts):
     """Prints the bytes per token of texts, and of GPT-2's BPE, if that can be had here."""
-    try:
-        import tiktoken
-        bpe = tiktoken.get_encoding('gpt2')
-    except Exception:  # not installed, or its download failed
+    bpe = find_gpt2()
+    if not bpe:
         return
     texts = texts[::1 + sum(map(len, texts)) // MAX_COMPARED_LENGTH]
     num_bytes = sum(len(text.encode('utf-8')) for text in texts)

@@ -28,8 +28,6 @@ def open_zstandard(f):
 
 
 ERRORS = OSError, EOFError, lzma.LZMAError, zlib.error  # of damaged files
-
-
 # by the first bytes of a file
 DECOMPRESSORS = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ\0': lzma.open,
                  b'\x28\xb5\x2f\xfd': open_zstandard}

@@ -11,7 +11,7 @@ import numpy as np
 from runtime import pickles
 from runtime.console import fail, get_first_line, warn
 from runtime.files import is_file, read_data_id
-from runtime.tokenizer import CharTokenizer, FileTokenizer, is_gpt2, read_tokenizer_file
+from runtime.tokenizer import CharTokenizer, FileTokenizer, find_gpt2, is_gpt2, read_tokenizer_file
 
 # the bins' dtypes by the names that a meta.pkl may have for them, and how many ids each has
 DTYPES = {'uint16': 'uint16', 'u2': 'uint16', 'uint32': 'uint32', 'u4': 'uint32'}
@@ -159,10 +159,8 @@ def count_mean_bytes(tokens, meta):
         ids = range(CharTokenizer(meta).vocab_size)
         lengths = [len(meta['itos'].get(i, '').encode('utf-8')) for i in ids]
     else:
-        try:
-            import tiktoken
-            bpe = tiktoken.get_encoding('gpt2')
-        except Exception:  # not installed, or its download failed
+        bpe = find_gpt2()
+        if not bpe:
             return None
         lengths = [len(bpe.decode_single_token_bytes(i)) for i in range(bpe.n_vocab - 1)]
     lengths = np.pad(lengths, (0, 2 ** 16))  # rows that pad the vocabulary have no text

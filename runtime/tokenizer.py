@@ -22,6 +22,26 @@ def get_code_points(text):
     return np.frombuffer(text.encode('utf-32-le'), dtype=np.uint32)
 
 
+def fetch_encoding(name, title):
+    """An encoding of tiktoken, which downloads it once; fails if it can't be had."""
+    import tiktoken  # here: a character model needs neither the package nor its download
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as e:  # tiktoken raises whatever its download raised
+        fail(f'{title} could not be fetched ({type(e).__name__})',
+             'without a network, set TIKTOKEN_CACHE_DIR to the tiktoken cache of a machine that '
+             'has one')
+
+
+def find_gpt2():
+    """GPT-2's encoding by tiktoken, or None if it can't be had, for what is only nice to know."""
+    try:
+        import tiktoken
+        return tiktoken.get_encoding('gpt2')
+    except Exception:  # not installed, or its download failed
+        return None
+
+
 # -----------------------------------------------------------------------------
 # each has vocab_size, encode() for prompts, encode_batch() for training texts, and decode().
 # end_id is the id of the end of a document, or None
@@ -70,13 +90,7 @@ class GPT2Tokenizer:
     name = 'GPT-2 BPE'
 
     def __init__(self):
-        import tiktoken  # here: a character model needs neither the package nor its download
-        try:
-            self.bpe = tiktoken.get_encoding('gpt2')
-        except Exception as e:  # tiktoken raises whatever its download raised
-            fail(f"GPT-2's BPE could not be fetched ({type(e).__name__})",
-                 'without a network, set TIKTOKEN_CACHE_DIR to the tiktoken cache of a machine '
-                 'that has one')
+        self.bpe = fetch_encoding('gpt2', "GPT-2's BPE")
         self.vocab_size = self.bpe.n_vocab
         self.end_id = self.bpe.eot_token
 

@@ -8,7 +8,13 @@ import json
 import re
 
 from runtime.console import fail
-from runtime.tokenizer import END_OF_TEXT, FileTokenizer, GPT2Tokenizer, list_byte_characters
+from runtime.tokenizer import (
+    END_OF_TEXT,
+    FileTokenizer,
+    GPT2Tokenizer,
+    fetch_encoding,
+    list_byte_characters,
+)
 
 # {1,3}+ takes what it can and gives nothing back in tiktoken, but repeats {1,3} in tokenizers
 POSSESSIVE = re.compile(r'((?:\\p\{\w+\}|\[[^\]]*\])\{\d+,\d*\})\+')
@@ -96,14 +102,8 @@ def splits_as_gpt2(text):
 
 def convert_tiktoken(name):
     """The text of a tokenizer.json for an encoding of tiktoken, such as cl100k_base."""
-    import tiktoken
     from tokenizers import Regex, models, pre_tokenizers
-    try:
-        bpe = tiktoken.get_encoding(name)
-    except Exception as e:  # tiktoken raises whatever its download raised
-        fail(f'the tokenizer {name} of tiktoken could not be fetched ({type(e).__name__})',
-             'without a network, set TIKTOKEN_CACHE_DIR to the tiktoken cache of a machine that '
-             'has one')
+    bpe = fetch_encoding(name, f'the tokenizer {name} of tiktoken')
     characters = list_byte_characters()
     ranks = {''.join(characters[byte] for byte in token): rank
              for token, rank in bpe._mergeable_ranks.items()}
