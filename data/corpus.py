@@ -67,19 +67,6 @@ def fetch(url, name, timeout):
     return content
 
 
-def make_meta(characters):
-    """meta.pkl for these characters: one id for each, in the order of their code points."""
-    chars = sorted(set(characters))
-    meta = {
-        'vocab_size': len(chars),
-        'itos': dict(enumerate(chars)),
-        'stoi': {c: i for i, c in enumerate(chars)},
-    }
-    if len(chars) > 2 ** 16:
-        meta['dtype'] = 'uint32'  # of the ids in the bins; they are uint16 without this key
-    return meta
-
-
 @contextlib.contextmanager
 def replace_dataset(folder, meta):
     """Opens {'train': file, 'val': file} for the ids of a dataset, which take their place together.

@@ -12,9 +12,9 @@ import torch
 from runtime.checkpoint_format import check_sizes
 from runtime.console import fail, format_command, get_first_line
 from runtime.files import is_file
-from runtime.meta import check_meta, make_meta
+from runtime.meta import check_meta, make_tokenizer_meta
 from runtime.previous_runs import exists
-from runtime.tokenizer import MAX_TOKENIZER_LENGTH, is_gpt2, read_tokenizer_file
+from runtime.tokenizer import is_gpt2, read_tokenizer_file
 
 GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 # activation_function in config.json -> F.gelu's approximate=
@@ -193,20 +193,20 @@ def read_tokenizer(init_from):
     path = os.path.join(init_from, 'tokenizer.json')
     if not is_file(path):
         return check_vocab_json(init_from)
-    return read_characters(init_from) or make_meta(read_tokenizer_file(path), path)
+    text = read_tokenizer_file(path)
+    return read_characters(text) or make_tokenizer_meta(text, path)
 
 
-def read_characters(folder):
-    """The meta dict of a table of characters that export.py has written; None if there is none."""
+def read_characters(text):
+    """The meta dict for a tokenizer.json that export.py has made of characters, or None."""
     try:
-        with open(os.path.join(folder, 'tokenizer.json'), encoding='utf-8') as f:
-            model = json.loads(f.read(MAX_TOKENIZER_LENGTH))['model']
+        model = json.loads(text)['model']
         stoi = model['vocab']
         if model['type'] != 'WordLevel' or any(len(c) != 1 for c in stoi):
             return None
         return check_meta(dict(stoi=stoi, itos={i: c for c, i in stoi.items()}))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None  # read_tokenizer() says what is wrong with it
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None  # FileTokenizer says what is wrong with it
 
 
 def check_vocab_json(folder):

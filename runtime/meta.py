@@ -101,10 +101,25 @@ def read_meta(data_dir):
     if meta and 'stoi' in meta or not is_file(path):
         return meta
     text = read_tokenizer_file(path)
-    return {**meta, 'tokenizer': text} if meta else make_meta(text, path)
+    return {**meta, 'tokenizer': text} if meta else make_tokenizer_meta(text, path)
 
 
-def make_meta(text, path):
+def make_meta(vocab_size, **tokens):
+    """The meta dict of a new dataset. tokens are stoi and itos, or tokenizer."""
+    meta = {'vocab_size': vocab_size, **tokens}
+    if vocab_size > MAX_SIZES['uint16']:
+        meta['dtype'] = 'uint32'  # of the ids in the bins; they are uint16 without this key
+    return meta
+
+
+def make_character_meta(characters):
+    """The meta dict for these characters: one id for each, in the order of their code points."""
+    chars = sorted(set(characters))
+    return make_meta(len(chars), itos=dict(enumerate(chars)),
+                     stoi={c: i for i, c in enumerate(chars)})
+
+
+def make_tokenizer_meta(text, path):
     """The meta dict for the text of a tokenizer.json, read from path; None if it is GPT-2's BPE."""
     tokenizer = FileTokenizer(text, path)
     if is_gpt2(tokenizer.ids):
@@ -112,10 +127,7 @@ def make_meta(text, path):
     if not 1 <= tokenizer.vocab_size <= MAX_SIZES['uint32']:
         fail(f'{path} has ids up to {tokenizer.vocab_size - 1:,}, more than a vocabulary can have',
              'name another tokenizer.json')
-    meta = {'vocab_size': tokenizer.vocab_size, 'tokenizer': tokenizer.text}
-    if tokenizer.vocab_size > MAX_SIZES['uint16']:
-        meta['dtype'] = 'uint32'  # of the ids in the bins; they are uint16 without this key
-    return meta
+    return make_meta(tokenizer.vocab_size, tokenizer=tokenizer.text)
 
 
 def read_meta_file(path):

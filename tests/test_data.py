@@ -438,7 +438,8 @@ def test_a_large_vocabulary_is_not_printed_as_a_whole(tmp_path):
 # what data/shakespeare_char/prepare.py runs: nothing else of the repository is needed
 PREPARE_FILES = ('configurator.py', 'runtime/__init__.py', 'runtime/console.py',
                  'runtime/settings.py', 'runtime/config_files.py', 'runtime/ranges.py',
-                 'runtime/tokenizer.py', 'runtime/pickles.py', 'runtime/files.py', 'data/corpus.py',
+                 'runtime/tokenizer.py', 'runtime/meta.py', 'runtime/pickles.py',
+                 'runtime/files.py', 'data/corpus.py',
                  'data/shakespeare_char/prepare.py')
 
 

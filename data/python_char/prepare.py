@@ -14,6 +14,7 @@ import corpus
 
 from runtime import settings
 from runtime.console import ROOT
+from runtime.meta import make_character_meta
 from runtime.tokenizer import CharTokenizer
 
 # input and output
@@ -61,7 +62,7 @@ val_text = ''.join(texts['val'])
 num_chars = len(train_text) + len(val_text)
 version = sys.version.split()[0]
 print(f'text: {num_files} files, {num_chars:,} characters of Python {version}')
-meta = corpus.make_meta(train_text + val_text)
+meta = make_character_meta(train_text + val_text)
 train_ids, val_ids = CharTokenizer(meta).encode_batch([train_text, val_text])
 corpus.write_splits(out_dir or os.path.dirname(os.path.abspath(__file__)), train_ids, val_ids,
                     meta, start_time, 'config/train_python_char.py', dataset=out_dir)

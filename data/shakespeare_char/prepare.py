@@ -10,6 +10,7 @@ sys.path.insert(0, os.path.dirname(sys.path[0]))  # the repository's root
 import corpus
 
 from runtime.console import ROOT
+from runtime.meta import make_character_meta
 from runtime.tokenizer import CharTokenizer
 
 # input and output
@@ -21,7 +22,7 @@ start_time = time.time()
 folder = os.path.dirname(os.path.abspath(__file__))
 text = corpus.read_shakespeare(input, folder)
 print(f'text: {len(text):,} characters')
-meta = corpus.make_meta(text)
+meta = make_character_meta(text)
 ids, = CharTokenizer(meta).encode_batch([text])
 split = int(0.9 * len(ids))
 corpus.write_splits(out_dir or folder, ids[:split], ids[split:], meta, start_time,

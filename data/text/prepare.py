@@ -27,7 +27,7 @@ from documents import Documents
 from runtime import checkpoint, settings, tokenizer_json
 from runtime.console import ROOT, fail, shorten
 from runtime.dataset import locate_data
-from runtime.meta import make_meta, read_meta
+from runtime.meta import make_character_meta, make_tokenizer_meta, read_meta
 from runtime.tokenizer import get_tokenizer, read_tokenizer_file
 
 # input and output
@@ -104,14 +104,14 @@ tokenizer_text = read_tokenizer(tokenizer)
 if vocabulary:
     meta = read_vocabulary(vocabulary)
 elif tokenizer_text:
-    meta = make_meta(tokenizer_text, tokenizer)
+    meta = make_tokenizer_meta(tokenizer_text, tokenizer)
 
 # -----------------------------------------------------------------------------
 # the first pass: how many documents there are, and what a new vocabulary depends on
 documents = Documents(input, field, column, encoding)
 enough_documents = math.ceil(1 / val_share)  # for one of them to be the validation split
 depends_on_text = tokenizer in ('char', 'bpe') and not (meta and 'tokenizer' in meta)
-survey = encode.Survey(documents, None if depends_on_text else enough_documents)
+survey = encode.survey(documents, None if depends_on_text else enough_documents)
 if not survey.num_documents:
     problem = 'has no text files' if documents.skipped_files else 'is empty'
     if documents.num_skipped:
@@ -123,9 +123,10 @@ if meta and 'stoi' in meta:
         fail(f'the vocabulary of {vocabulary} lacks {len(unknown_characters)} characters of the '
              f'text: {shorten(unknown_characters, 50)!r}', 'remove or replace them in the text')
 elif tokenizer == 'char' and not vocabulary:
-    meta = corpus.make_meta(survey.characters)
+    meta = make_character_meta(survey.characters)
 elif tokenizer == 'bpe':
-    meta = make_meta(tokenizer_json.train_bpe(survey.sample, vocab_size), 'the new tokenizer')
+    tokenizer_text = tokenizer_json.train_bpe(survey.sample, vocab_size)
+    meta = make_tokenizer_meta(tokenizer_text, 'the new tokenizer')
 
 # -----------------------------------------------------------------------------
 # the second pass: encode
