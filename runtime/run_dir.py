@@ -22,7 +22,7 @@ try:
 except ImportError:  # Windows: nothing keeps two runs out of one folder there
     fcntl = None
 
-_runs = {}  # the last run of each thread, by the thread's number
+_runs = {}  # {thread: its last run}
 
 
 class RunDir:
@@ -51,10 +51,11 @@ class RunDir:
             fail('out_dir is empty', 'name a folder with --out_dir')
         if os.path.lexists(path) and not os.path.isdir(path):
             fail(f'{path} is not a folder, and a run saves in a folder', 'name one with --out_dir')
-        earlier_run = _runs.pop(threading.get_ident(), None)
-        if earlier_run:  # an error ended it in a notebook, and its script runs again
-            earlier_run.close()
-        _runs[threading.get_ident()] = self
+        for thread in list(_runs):
+            # an error ended a run in a notebook or in a thread, and its script runs again
+            if thread is threading.current_thread() or not thread.is_alive():
+                _runs.pop(thread).close()
+        _runs[threading.current_thread()] = self
         try:
             if os.path.isdir(path):
                 self.acquire_lock()

@@ -72,6 +72,17 @@ def test_training_in_a_thread(char_data, tmp_path, monkeypatch):
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
+def test_a_thread_that_has_ended_leaves_its_folder_to_the_next_one(tmp_path):
+    runs = []
+    for _ in range(2):
+        # the run is still open when the thread ends, as after an error
+        thread = threading.Thread(target=lambda: runs.append(run_dir.RunDir(str(tmp_path))))
+        thread.start()
+        thread.join()
+    assert len(runs) == 2
+    run_dir.RunDir(str(tmp_path)).close()
+
+
 def test_two_runs_in_one_notebook(char_data, tmp_path):
     command = f'%run {ROOT}/train.py {" ".join(TINY)} --dataset={char_data} --out_dir=out'
     cells = [f'{command} --max_iters=2', f'{command} --max_iters=4 --init_from=resume',
