@@ -38,7 +38,11 @@ if to == 'hf':
     dropout = state['model_args'].get('dropout', 0.0)
     model = restore.build_model(GPT, GPTConfig, state, path, dropout)
     del state  # the export needs a second copy of the weights, and this would be a third one
-    export.write_folder(model, hf_dir, meta)
+    end_ids = export.write_folder(model, hf_dir, meta)
+    if meta and 'itos' in meta:
+        rarest = meta['itos'][end_ids['pad_token_id']]
+        say(f'{rarest!r} also stands for padding and for unknown characters there, as the model '
+            'predicts it least')
     prompt = 'A'
     if meta and 'A' not in meta.get('stoi', 'A'):
         prompt = min(meta['stoi'])

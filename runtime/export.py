@@ -20,8 +20,9 @@ TOLERANCE = 3e-5
 def write_folder(model, hf_dir, meta=None):
     """Writes a GPT in float32 to an empty or new folder that opens wherever OpenAI's GPT-2 does.
 
-    The tokenizer is that of meta, or GPT-2's. Rows that pad the vocabulary are left out. Fails if
-    GPT-2's format can't express the model, which someone may have edited.
+    The tokenizer is that of meta, or GPT-2's. Rows that pad the vocabulary are left out. Returns
+    {'pad_token_id': id, ...}, as write_tokenizer() does. Fails if GPT-2's format can't express the
+    model, which someone may have edited.
     """
     args = {name: getattr(model.config, name) for name in SIZES}
     check_weights(model, args)
@@ -49,6 +50,7 @@ def write_folder(model, hf_dir, meta=None):
             shutil.move(os.path.join(temp_dir, name), os.path.join(hf_dir, name))
     finally:
         shutil.rmtree(temp_dir, ignore_errors=True)
+    return end_ids
 
 
 def check_weights(model, args):

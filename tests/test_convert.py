@@ -141,7 +141,9 @@ def test_an_edit_that_computes_the_same_is_exported(tmp_path):
     model = save_ours(tmp_path / 'out', meta=META, vocab_size=20, bias=False)
     (tmp_path / 'hf').mkdir()
     out = convert_with(tmp_path, SAME['attention'], ok=True)
-    assert out.stdout.startswith('exported') and out.stderr == ''
+    lines = out.stdout.splitlines()
+    assert 'stands for padding' in lines[0] and lines[1].startswith('exported')
+    assert len(lines) == 2 and out.stderr == ''
     assert sorted(os.listdir(tmp_path)) == ['hf', 'out']
     assert equal_to(load(tmp_path / 'hf'), model, 16)
 
