@@ -93,7 +93,7 @@ class Documents:
         self.start()
         for path in self.paths:
             if not os.path.exists(path):
-                yield from self.take_texts(readers.read_hub(path), path, 'column')
+                yield from self.take_texts(readers.read_hub(path), path, 'column', self.column)
                 continue
             num_earlier_bytes = self.num_read_bytes
             with open(path, 'rb') as f:
@@ -109,7 +109,7 @@ class Documents:
         try:
             if f.peek(4).startswith(b'PAR1'):
                 rows = readers.read_parquet(f, self.column)
-                return (yield from self.take_texts(rows, path, 'column'))
+                return (yield from self.take_texts(rows, path, 'column', self.column))
             stream = readers.decompress(f)
             encoding = encoding or readers.detect_encoding(stream.peek())
             if not encoding or path not in self.named_paths and not starts_with_text(
@@ -119,9 +119,11 @@ class Documents:
             kind = self.choose_kind(path, head)
             with io.TextIOWrapper(stream, encoding, newline='' if kind == 'csv' else None) as text:
                 if kind == 'csv':
-                    yield from self.take_texts(readers.read_csv(text, head), path, 'column')
+                    rows = readers.read_csv(text, head)
+                    yield from self.take_texts(rows, path, 'column', self.column)
                 elif kind == 'json':
-                    yield from self.take_texts(readers.read_json(text), path, 'field')
+                    rows = readers.read_json(text)
+                    yield from self.take_texts(rows, path, 'field', self.field)
                 else:
                     yield from readers.read_pieces(text)
         except UnicodeDecodeError:
@@ -151,7 +153,7 @@ class Documents:
         """Leaves out a file that isn't text; fails if somebody has named it."""
         if path in self.named_paths:
             fail(f'{path} is not text: it has characters of code 0, as archives and pictures have',
-                 'name a text file; for UTF-16 without a mark use --encoding=utf-16-le')
+                 'unpack an archive first; for UTF-16 without a mark use --encoding=utf-16-le')
         self.skipped_files.append(path)
 
     def print_omissions(self):
@@ -162,9 +164,11 @@ class Documents:
             print(f'skipped files that are not text: {len(self.skipped_files)}, such as '
                   f'{self.skipped_files[0]}')
 
-    def take_texts(self, rows, path, setting):
-        """The texts of rows. They are texts, or dicts with a text under the name in the setting."""
-        name = getattr(self, setting)
+    def take_texts(self, rows, path, setting, name):
+        """The texts of rows. They are texts, or dicts that have a text by this name.
+
+        setting is the one that names it, for a message.
+        """
         names = []  # of the first row
         is_found = False
         for i, row in enumerate(rows):
@@ -185,8 +189,8 @@ class Documents:
                 yield text, True
         if names and not is_found:
             fail(f'{path} has no {setting} {name!r}, but {shorten(", ".join(names), 200)}',
-                 f'name the one with the text: --{setting}=NAME; for text files that only look '
-                 f'like this, name nothing: --{setting}=')
+                 f'name the one with the text: --{setting}=NAME; to train on the syntax of a text '
+                 f'file, name nothing: --{setting}=')
 
 
 def has_suffix(name):

@@ -2,11 +2,13 @@
 From documents to token ids: splits them, and encodes them in parallel, in little memory.
 """
 import collections
+import dataclasses
 import os
 from concurrent.futures import ThreadPoolExecutor
 
 import corpus
 import numpy as np
+import readers
 from tqdm import tqdm
 
 from runtime.console import fail, get_first_line
@@ -17,33 +19,37 @@ MAX_COMPARED_LENGTH = 2 ** 21  # characters
 BATCH_LENGTH = 2 ** 18  # characters that one thread encodes together
 
 
+@dataclasses.dataclass
 class Survey:
-    """What one pass over the documents finds: how many there are, and which characters they have.
+    """What one pass over the documents finds."""
+    num_documents: int
+    num_characters: int
+    characters: str  # each character of the texts once
+    sample: list  # texts from all over the documents, as many as a BPE needs
 
-    sample has texts from all over them, as many as a BPE needs. It ends after max_documents.
-    """
 
-    def __init__(self, documents, max_documents=None):
-        self.num_documents = self.num_characters = 0
-        self.sample = []
-        is_known = np.zeros(0x110000, dtype=bool)  # by code point
-        sample_length, stride = 0, 1
-        with open_bar(documents, 'reading') as bar:
-            for i, (text, is_last) in enumerate(documents):
-                bar.update(documents.num_read_bytes - bar.n)
-                self.num_documents += is_last
-                self.num_characters += len(text)
-                is_known[get_code_points(text)] = True
-                if i % stride == 0:
-                    self.sample.append(text)
-                    sample_length += len(text)
-                if sample_length > MAX_SAMPLE_LENGTH and len(self.sample) > 1:
-                    self.sample = self.sample[::2]  # every other one, from now on, too
-                    sample_length = sum(map(len, self.sample))
-                    stride *= 2
-                if self.num_documents == max_documents:
-                    break
-        self.characters = ''.join(map(chr, np.flatnonzero(is_known)))
+def survey(documents, max_documents=None):
+    """Reads the documents, or only the first max_documents of them, and returns a Survey."""
+    num_documents = num_characters = 0
+    is_known = np.zeros(0x110000, dtype=bool)  # by code point
+    sample, sample_length, stride = [], 0, 1
+    with open_bar(documents, 'reading') as bar:
+        for i, (text, is_last) in enumerate(documents):
+            bar.update(documents.num_read_bytes - bar.n)
+            num_documents += is_last
+            num_characters += len(text)
+            is_known[get_code_points(text)] = True
+            if i % stride == 0:
+                sample.append(text)
+                sample_length += len(text)
+            if sample_length > MAX_SAMPLE_LENGTH and len(sample) > 1:
+                sample = sample[::2]  # every other one, from now on, too
+                sample_length = sum(map(len, sample))
+                stride *= 2
+            if num_documents == max_documents:
+                break
+    characters = ''.join(map(chr, np.flatnonzero(is_known)))
+    return Survey(num_documents, num_characters, characters, sample)
 
 
 def open_bar(documents, description):
@@ -73,10 +79,12 @@ def split_by_document(documents, val_share):
     split = 'train'
     is_first, is_long = True, False
     for text, is_last in documents:
+        num_val = num_characters['val']
         num_due = val_share * sum(num_characters.values())
-        is_long = not is_first and (is_long or num_characters['val'] > 2 * num_due)
+        is_far_off = num_val > 2 * num_due or num_due > max(readers.PIECE_LENGTH, 2 * num_val)
+        is_long = not is_first and (is_long or is_far_off)
         if is_first or is_long:
-            split = 'val' if num_characters['val'] < num_due else 'train'
+            split = 'val' if num_val < num_due else 'train'
         num_characters[split] += len(text)
         yield text, is_last, split
         is_first = is_last

@@ -91,7 +91,15 @@ def read_csv(f, head):
     csv.field_size_limit(MAX_ROW_LENGTH)
     first_line = head.partition('\n')[0]
     delimiter = max(',\t;', key=first_line.count)
-    return csv.DictReader(f, delimiter=delimiter)
+    return csv.DictReader(read_lines(f), delimiter=delimiter)
+
+
+def read_lines(f):
+    """The lines of a file; ValueError for one that would take too much memory."""
+    while line := f.readline(MAX_ROW_LENGTH):
+        if len(line) == MAX_ROW_LENGTH:
+            raise ValueError(f'a line has {MAX_ROW_LENGTH:,} characters or more')
+        yield line
 
 
 def read_json(f):

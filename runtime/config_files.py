@@ -75,7 +75,8 @@ def find_config_file(arg, own_settings):
     if path is None:
         raise ValueError(explain_argument(arg, own_settings))
     if not path.endswith('.py'):
-        raise ValueError(f'{arg} is not a config file: their names end in .py; '
+        hint = f' (did you mean --input={shlex.quote(arg)}?)' if 'input' in own_settings else ''
+        raise ValueError(f'{arg} is not a config file: their names end in .py{hint}; '
                          'set a setting as --key=value')
     return path
 
@@ -147,7 +148,7 @@ def explain_argument(arg, own_settings):
         markers = (('dataset', 'train.bin'), ('dataset', 'prepare.py'),
                    ('init_from', 'config.json'), ('runs', 'metrics.jsonl'))
         names = [name for name, marker in markers if marker in content]
-        names += ['out_dir', 'runs', 'hf_dir']
+        names += ['input', 'out_dir', 'runs', 'hf_dir']
         name = next((name for name in names if name in own_settings), None)
         hint = f' (did you mean --{name}={shlex.quote(arg)}?)' if name else ''
         return f'{arg} is a folder, not a config file{hint}'

@@ -10,15 +10,19 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
-from conftest import ROOT, run, run_here
+from conftest import ROOT, expect_error, run, run_here
 
 sys.path.insert(0, os.path.join(ROOT, 'data'))
 import encode
 import readers
 from documents import Documents
+
+from runtime import tokenizer_json
+from runtime.tokenizer import FileTokenizer
 
 TEXTS = [f'{i}: où, "là"?\nline two\n' * (1 + i % 3) for i in range(40)]
 EMPTY_ROWS = {3, 17}  # without text
@@ -125,6 +129,14 @@ def test_an_encoding_by_name(tmp_path):
     assert "encoding='latin-99' is not known" in err and not (tmp_path / 'x').exists()
 
 
+def test_a_mark_is_not_text_with_an_encoding_by_name_either(tmp_path):
+    (tmp_path / 'a.txt').write_bytes(b'a word \xc3\xa9 ' .join([codecs.BOM_UTF8] + [b''] * 20))
+    for name in ('utf-8', 'UTF8'):
+        prepare(tmp_path / 'data', f'--input={tmp_path / "a.txt"}', f'--encoding={name}')
+        text = ''.join(sum(read_documents(tmp_path / 'data').values(), []))
+        assert text.startswith('a word é a word') and '\ufeff' not in text
+
+
 def test_several_inputs_and_folders(tmp_path):
     for name in ('books/b.txt', 'books/a.txt', 'books/deep/c.md', 'books/.git/x', 'd.txt', 'e.txt'):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -139,6 +151,18 @@ def test_several_inputs_and_folders(tmp_path):
     assert 'in 5 documents' in out and 'skipped files that are not text: 1,' in out
     (tmp_path / 'a,b.txt').write_text('a comma in the name ' * 20)
     prepare(tmp_path / 'data', f'--input={tmp_path / "a,b.txt"}')
+
+
+def test_folders_that_are_links(tmp_path):
+    for name in ('books/a.txt', 'elsewhere/b.txt'):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(f'this is {name}. ' * 20)
+    (tmp_path / 'books' / 'more').symlink_to(tmp_path / 'elsewhere')
+    (tmp_path / 'elsewhere' / 'circle').symlink_to(tmp_path / 'books')
+    pieces = list(Documents(str(tmp_path / 'books')))
+    assert ''.join(text for text, _ in pieces) == (
+        'this is books/a.txt. ' * 20 + 'this is elsewhere/b.txt. ' * 20)
+    assert sum(is_last for _, is_last in pieces) == 2
 
 
 def test_standard_input_and_a_pipe(tmp_path):
@@ -163,9 +187,13 @@ def test_the_syntax_itself(tmp_path):
         assert ''.join(texts['train'] + texts['val']) == content.replace('\r\n', '\n')
 
 
-def test_a_dataset_of_the_hub_by_name(tmp_path):
+def test_a_dataset_of_the_hub_by_name(capsys):
     err = run('data/text/prepare.py', '--input=owner/name:part', '--name=x', ok=False).stderr
     assert 'owner/name:part is not a file here' in err and 'Hugging Face hub' in err
+    for name in ('owner/Name-2.5', 'owner/name_v1.0:part'):  # a version, and not a file's suffix
+        assert Documents(name).paths == [name]
+    for name in ('owner/name.txt', 'owner/name.jsonl.gz'):
+        assert f'{name} cannot be read' in expect_error(capsys, Documents, name)
 
 
 def test_other_names_of_the_text(tmp_path):
@@ -177,12 +205,38 @@ def test_other_names_of_the_text(tmp_path):
     assert set(read_documents(tmp_path / 'data')['train']) == {'some words, here'}
 
 
+def test_some_rows_are_without_the_field(tmp_path):
+    (tmp_path / 'a.jsonl').write_text('{"id": 1}\n' + '{"text": "some words", "id": 1}\n{}\n' * 30)
+    out = prepare(tmp_path / 'data', f'--input={tmp_path / "a.jsonl"}').stdout
+    assert set(read_documents(tmp_path / 'data')['train']) == {'some words'}
+    assert 'in 30 documents' in out and 'skipped rows without text: 31\n' in out
+
+
 def test_half_a_character_in_json(tmp_path):
     (tmp_path / 'a.jsonl').write_text('{"text": "a \\ud83d b \\ud83d\\ude00 c"}\n' * 30)
     for tokenizer in ('bytes', 'char', 'bpe'):
         prepare(tmp_path / 'data', f'--input={tmp_path / "a.jsonl"}', tokenizer=tokenizer)
     prepare(tmp_path / 'data', f'--input={tmp_path / "a.jsonl"}')
     assert set(read_documents(tmp_path / 'data')['train']) == {'a \ufffd b \U0001f600 c'}
+
+
+def make_damaged_parquet():
+    """A column of texts, one of which isn't in UTF-8."""
+    import pyarrow
+    from pyarrow import parquet
+    buffers = [None, pyarrow.py_buffer(np.array([0, 3, 8], '<i4').tobytes()),
+               pyarrow.py_buffer(b'abccaf\xe9!')]
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 2, buffers)
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.table({'text': texts}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def make_zip():
+    f = io.BytesIO()
+    with zipfile.ZipFile(f, 'w') as archive:
+        archive.writestr('a.txt', 'some words')
+    return f.getvalue()
 
 
 MISTAKES = [
@@ -201,6 +255,9 @@ MISTAKES = [
     ('cut.xz', lzma.compress(b'a' * 10 ** 6)[:50], 'cannot be read'),
     ('cut.bz2', bz2.compress(b'a' * 10 ** 6)[:40], 'cannot be read'),
     ('cut.parquet', b'PAR1' + b'x' * 100, 'cannot be read'),
+    ('latin.parquet', make_damaged_parquet(), 'has a text that is not UTF-8'),
+    ('books.zip', make_zip(), 'unpack an archive first'),
+    ('other.parquet', make_parquet().replace(b'text', b'body'), "no column 'text', but n, body"),
     ('latin.csv.gz', gzip.compress(b'id,text\n1,caf\xe9\n'), 'byte 13 is wrong'),
     ('u16.txt', codecs.BOM_UTF16_LE + b'a\0b', 'UTF-16: byte 4 is wrong'),
 ]
@@ -222,6 +279,8 @@ def test_mistakes_end_in_one_line_and_write_nothing(tmp_path, name, content, wor
     (['--input=a.txt', '--tokenizer=none.json'], "tokenizer='none.json' is not known"),
     (['--input=a.txt', '--tokenizer=bad.json'], 'bad.json is not a usable tokenizer.json'),
     (['--input=a.txt', '--num_threads=-1'], 'num_threads=-1 must be at least 0'),
+    (['--input=a.txt', '--encoding=hex'], "encoding='hex' is not known"),
+    (['a.txt'], 'did you mean --input=a.txt?'), (['.'], 'did you mean --input=.?'),
 ])
 def test_mistakes_in_settings(tmp_path, args, words):
     (tmp_path / 'a.txt').write_text('some words ' * 50)
@@ -259,6 +318,15 @@ def test_a_line_without_an_end_is_cut(monkeypatch):
     assert ''.join(pieces) == text and max(map(len, pieces)) <= 180
 
 
+def test_a_line_of_a_table_without_an_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(readers, 'MAX_ROW_LENGTH', 1000)
+    for name, row, words in (('a.csv', 'x' * 1000, 'a line has 1,000 characters or more'),
+                             ('b.csv', '"' + 'x\n' * 999 + '"', 'larger than field limit')):
+        (tmp_path / name).write_text('text\na b\n' + row + '\n')
+        documents = Documents(str(tmp_path / name))
+        assert words in expect_error(capsys, list, documents)
+
+
 def test_documents_are_split_whole_and_evenly():
     documents = [(str(i) * (1 + i % 7), True) for i in range(1000)]
     splits = {'train': [], 'val': []}
@@ -274,6 +342,26 @@ def test_documents_are_split_whole_and_evenly():
     for split in ('train', 'val'):
         texts = [t for t, _, s in encode.split_by_document(iter(in_two_pieces), 0.2) if s == split]
         assert texts == ['a', 'b'] * (len(texts) // 2) and texts
+
+
+@pytest.mark.parametrize('place', [0, 1, 7, 199])
+def test_a_very_long_row_among_others(tmp_path, place):
+    rows = [{'text': f'{i} some words ' * 20} for i in range(200)]
+    rows[place] = {'text': 'a long document. ' * 65_000}
+    (tmp_path / 'a.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    prepare(tmp_path / 'data', f'--input={tmp_path / "a.jsonl"}')
+    sizes = [os.path.getsize(tmp_path / 'data' / f'{split}.bin') for split in ('val', 'train')]
+    assert 0.05 < sizes[0] / sum(sizes) < 0.2
+
+
+def test_a_document_of_two_pieces_ends_once(tmp_path):
+    tokenizer = FileTokenizer(tokenizer_json.make_bytes())
+    encoder = encode.Encoder(tokenizer, '<u2', {'train': None, 'val': None})
+    ids, num_bytes, num_documents = encoder.encode([
+        ('é', False, 'train'), ('b', True, 'train'), ('c', True, 'val'), ('d', False, 'train')])
+    assert {split: array.tolist() for split, array in ids.items()} == {
+        'train': [*'é'.encode(), ord('b'), 256, ord('d')], 'val': [ord('c'), 256]}
+    assert num_bytes == {'train': 4, 'val': 1} and num_documents == 2
 
 
 @pytest.mark.parametrize('num_train', [0, 1, 4, 5, 6, 11])

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, expect_error, run, run_here
+from test_huggingface import save_ours
 
 from runtime import tokenizer_json
-from runtime.meta import check_meta, make_meta, read_meta
+from runtime.export import write_folder
+from runtime.huggingface import read_tokenizer
+from runtime.meta import check_meta, make_tokenizer_meta, read_meta
 from runtime.prompts import open_decoder
-from runtime.tokenizer import FileTokenizer, GPT2Tokenizer, get_tokenizer
+from runtime.tokenizer import FileTokenizer, GPT2Tokenizer, get_tokenizer, have_same_tokens
 
 # some words of several languages and scripts
 LANGUAGES = {
@@ -88,7 +91,7 @@ def test_gpt2s_tokenizer_json_gives_the_ids_of_tiktoken(bpe, make):
     for text in [*make_strange_texts(), *map(make_text, LANGUAGES)]:
         assert ours.encode_batch([text])[0].tolist() == gpt2.encode_batch([text])[0].tolist()
         assert ours.encode(text) == gpt2.encode(text)
-    assert make_meta(ours.text, 'x') is None  # it is GPT-2's, which has no meta
+    assert make_tokenizer_meta(ours.text, 'x') is None  # it is GPT-2's, which has no meta
 
 
 def test_a_tokenizer_of_tiktoken_keeps_its_ids(bpe, monkeypatch):
@@ -104,6 +107,98 @@ def test_a_tokenizer_of_tiktoken_keeps_its_ids(bpe, monkeypatch):
     for text in [*make_strange_texts(), 'one 1234567 TWO\n\n\n', make_text('de')]:
         assert ours.encode_batch([text])[0].tolist() == theirs.encode_ordinary(text)
         assert ours.encode(text + '<|x|>') == theirs.encode(text + '<|x|>', allowed_special='all')
+
+
+@pytest.fixture
+def openai_encodings(monkeypatch):
+    """The functions in which tiktoken has OpenAI's patterns; their vocabularies aren't here."""
+    import tiktoken
+    from tiktoken_ext import openai_public
+    ranks = dict(tiktoken.get_encoding('gpt2')._mergeable_ranks)
+    for length in range(2, 100):  # spaces, as p50k_base has them after the end of a text
+        if len(ranks) == 50280:
+            break
+        ranks.setdefault(b' ' * length, len(ranks) + 1)
+    monkeypatch.setattr(openai_public, 'load_tiktoken_bpe', lambda *args, **kwargs: ranks)
+    monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})
+    return openai_public
+
+
+@pytest.mark.parametrize('name', ['cl100k_base', 'o200k_base'])
+def test_the_patterns_of_newer_tokenizers(bpe, openai_encodings, monkeypatch, name):
+    import tiktoken
+    options = getattr(openai_encodings, name)()
+    ranks = {token: i for token, i in options['mergeable_ranks'].items() if i < 50256}
+    theirs = tiktoken.Encoding('mine', pat_str=options['pat_str'], mergeable_ranks=ranks,
+                               special_tokens={'<|endoftext|>': 50256})
+    monkeypatch.setitem(tiktoken.registry.ENCODINGS, 'mine', theirs)
+    ours = FileTokenizer(tokenizer_json.convert_tiktoken('mine'))
+    for text in [*make_strange_texts(), '1000000 20072008', *map(make_text, LANGUAGES)]:
+        assert ours.encode_batch([text])[0].tolist() == theirs.encode_ordinary(text)
+
+
+def test_a_special_token_between_the_others(bpe, openai_encodings):
+    import tiktoken
+    ours = FileTokenizer(tokenizer_json.convert_tiktoken('p50k_base'))
+    theirs = tiktoken.get_encoding('p50k_base')
+    assert ours.end_id == 50256 and ours.vocab_size == theirs.n_vocab == 50281
+    for text in [*make_strange_texts(), ' ' * 40 + 'x', make_text('de')]:
+        assert ours.encode_batch([text])[0].tolist() == theirs.encode_ordinary(text)
+    assert make_tokenizer_meta(ours.text, 'x')['vocab_size'] == 50281
+
+
+def test_gpt2_with_a_token_more_is_not_gpt2(bpe, tmp_path):
+    from tokenizers import Tokenizer
+    t = Tokenizer.from_str(tokenizer_json.make_gpt2())
+    t.add_special_tokens(['<|user|>'])
+    meta = make_tokenizer_meta(t.to_str(), 'x')
+    assert meta['vocab_size'] == 50258
+    assert get_tokenizer(meta).encode('a<|user|>') == [64, 50257]
+    t.save(str(tmp_path / 'tokenizer.json'))
+    assert have_same_tokens(read_tokenizer(str(tmp_path)), meta)
+
+
+def test_only_the_ids_of_a_text_count(tmp_path):
+    """A tokenizer.json may say that a text gets more tokens, or that it is cut."""
+    from tokenizers import Tokenizer, processors
+    plain = FileTokenizer(train_bpe(make_text('ru')))
+    t = Tokenizer.from_str(plain.text)
+    t.enable_truncation(8)
+    t.enable_padding(length=300)
+    end = ('<|endoftext|>', plain.end_id)
+    t.post_processor = processors.TemplateProcessing('<|endoftext|> $A', special_tokens=[end])
+    meta = make_tokenizer_meta(t.to_str(), 'x')
+    text = make_text('ru', seed=1)
+    assert get_tokenizer(meta).encode(text) == plain.encode(text)
+    assert get_tokenizer(meta).encode_batch([text])[0].tolist() == plain.encode(text)
+    assert have_same_tokens(meta, {'tokenizer': plain.text})
+    model = save_ours(tmp_path / 'out', meta=meta, vocab_size=meta['vocab_size'])
+    write_folder(model, str(tmp_path / 'hf'), meta)
+    from transformers import AutoTokenizer
+    hf = AutoTokenizer.from_pretrained(tmp_path / 'hf')
+    assert hf(text)['input_ids'] == plain.encode(text)
+
+
+def test_the_parts_that_make_ids_are_compared():
+    from tokenizers import Tokenizer, normalizers
+    meta = {'tokenizer': train_bpe(make_text('de'))}
+    parts = json.loads(meta['tokenizer'])
+    resaved = {'tokenizer': Tokenizer.from_str(meta['tokenizer']).to_str(pretty=True)}
+    assert resaved != meta and have_same_tokens(meta, resaved)
+    lower = Tokenizer.from_str(meta['tokenizer'])
+    lower.normalizer = normalizers.Lowercase()
+    assert not have_same_tokens(meta, {'tokenizer': lower.to_str()})
+    parts['model']['merges'][:2] = parts['model']['merges'][1::-1]
+    assert not have_same_tokens(meta, {'tokenizer': json.dumps(parts)})
+
+
+def test_a_file_that_does_not_name_the_type_of_its_model():
+    text = train_bpe(make_text('de'))
+    parts = json.loads(text)
+    del parts['model']['type']
+    old = FileTokenizer(json.dumps(parts))
+    assert old.encode(make_text('de')) == FileTokenizer(text).encode(make_text('de'))
+    assert tokenizer_json.splits_as_gpt2(text) and not tokenizer_json.splits_as_gpt2(old.text)
 
 
 def make_unigram(text):
@@ -260,6 +355,44 @@ def test_more_tokens_than_uint16_has_ids(tmp_path):
     assert read_meta(str(tmp_path / 'data'))['vocab_size'] == 70000
     out = train(tmp_path / 'data', tmp_path / 'out', '--n_embd=8').stdout
     assert 'vocabulary 70000' in out
+
+
+def make_words():
+    """A tokenizer of the words a and b, which has no token for others."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    t = Tokenizer(models.WordLevel({'a': 0, 'b': 1}, unk_token='[UNK]'))
+    t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return t.to_str()
+
+
+def make_huge_id():
+    parts = json.loads(tokenizer_json.make_bytes())
+    parts['model']['vocab']['a'] = 4 * 10 ** 9
+    return json.dumps(parts)
+
+
+@pytest.mark.parametrize('make, words', [
+    (make_words, 'the tokenizer cannot encode this text'),
+    (make_huge_id, 'has ids up to 4,000,000,000, more than a vocabulary can have')])
+def test_tokenizers_that_do_not_fit_a_text(tmp_path, make, words):
+    (tmp_path / 'a.json').write_text(make())
+    (tmp_path / 'a.txt').write_text('a b a b c ' * 50)
+    err = run_here('data/text/prepare.py', '--input=a.txt', '--out_dir=data', '--tokenizer=a.json',
+                   cwd=tmp_path, ok=False).stderr
+    assert words in err and err.count('\n') == 1
+    assert sorted(os.listdir(tmp_path)) == ['a.json', 'a.txt']
+
+
+def test_a_tokenizer_json_of_ones_own_stays(tmp_path):
+    """A dataset of characters has none, and an earlier one is removed; this is not one of ours."""
+    (tmp_path / 'tokenizer.json').write_text('mine')
+    (tmp_path / 'a.txt').write_text('some words ' * 50)
+    for tokenizer in ('char', 'bytes'):
+        err = run_here('data/text/prepare.py', '--input=a.txt', '--out_dir=.',
+                       f'--tokenizer={tokenizer}', cwd=tmp_path, ok=False).stderr
+        assert 'tokenizer.json is there, and it is not of an earlier dataset' in err
+    assert sorted(os.listdir(tmp_path)) == ['a.txt', 'tokenizer.json']
+    assert (tmp_path / 'tokenizer.json').read_text() == 'mine'
 
 
 def test_characters_after_a_tokenizer_in_the_same_folder(tmp_path):
