@@ -188,9 +188,9 @@ def read_block_size(config_file):
 
 
 def print_next_step(config_file, num_tokens, **flags):
-    """Prints the command that trains on the dataset. Flags without a value are left out."""
+    """Prints the command that trains on the dataset. Flags with a text of '' are left out."""
     max_block_size = min(num_tokens.values()) - 1
     if max_block_size < read_block_size(config_file):
         flags['block_size'] = max_block_size
-    words = [f'--{name}={value}' for name, value in flags.items() if value]
+    words = [f'--{name}={value}' for name, value in flags.items() if value != '']
     print(f'train on it: {format_script("train.py", config_file, *words)}')

@@ -4,7 +4,8 @@
 #     bash recipes/clients.sh [TEXT [FOLDER]]
 #
 # TEXT is a file to train on (the pages of docs/). FOLDER (out-clients) gets the models, virtual
-# environments with the programs, their logs, and clients.json. Environments that are there are used again.
+# environments with the programs, their logs, and clients.json. Environments that are there are
+# used again.
 #
 # It is for Linux and macOS with Python 3.11 to 3.13, and has been tried on Linux. It needs the
 # network, 15 GB of disk, and cmake and a C++ compiler for llama.cpp. Without a compiler the table
@@ -92,7 +93,8 @@ with open(os.path.join(folder, 'rows.jsonl'), encoding='utf-8') as f:
                 key = client, version, result['transformers']
                 results.setdefault(key, {})[result['hf_dir']] = text
 names = ['char', 'bpe', 'bytes', 'gpt2']
-rows = [[*key, *(texts.get(f'hf-{name}', 'failed') for name in names)] for key, texts in sorted(results.items())]
+rows = [[*key, *(texts.get(f'hf-{name}', 'failed') for name in names)]
+        for key, texts in sorted(results.items())]
 columns = ['client', 'version', 'transformers', *names]
 for row in [columns, *rows]:
     print('  '.join(text[:40].ljust(12) for text in row).rstrip())
