@@ -12,8 +12,7 @@ BATCH_SIZE = 12  # of config/train_text.py
 BLOCK_SIZE = 64
 MAX_SECONDS = 300  # of a run
 # up to so many train tokens: the width of 4 layers, dropout, and how often the tokens are read
-PLANS = ((150_000, 96, 0.1, 31), (1_500_000, 128, 0.0, 6), (15_000_000, 128, 0.0, 5),
-         (float('inf'), 192, 0.0, 3))
+PLANS = ((150_000, 96, 0.1, 31), (1_500_000, 128, 0.0, 6), (float('inf'), 128, 0.0, 5))
 
 
 def choose_run(num_tokens, vocab_size):

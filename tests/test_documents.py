@@ -8,16 +8,18 @@ import json
 import lzma
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 import zipfile
 
 import numpy as np
 import pytest
-from conftest import ROOT, expect_error, run, run_here
+from conftest import ROOT, expect_error, metrics, run, run_here
 
 sys.path.insert(0, os.path.join(ROOT, 'data'))
 import encode
+import plan
 import readers
 from documents import Documents
 
@@ -428,3 +430,21 @@ def test_fineweb_edu_from_local_files(tmp_path, bpe):
         len(part) + 1 for split in ids for part in gpt2.decode(split).split('<|endoftext|>')[:-1]
         for part in [gpt2.encode_ordinary(part)])
     assert 'config/train_gpt2.py' in out and 'skipped rows without text: 2\n' in out
+
+
+@pytest.mark.parametrize('num_characters', [50_000, 250_000])
+def test_the_command_that_is_printed_trains_as_planned(tmp_path, shakespeare, num_characters):
+    with open(shakespeare, encoding='utf-8') as f:
+        (tmp_path / 'a.txt').write_text(f.read(num_characters))
+    out = prepare(tmp_path / 'data', f'--input={tmp_path / "a.txt"}', tokenizer='char').stdout
+    words = shlex.split(out.partition('train on it: ')[2])
+    run_here(*words[1:], f'--out_dir={tmp_path / "out"}', '--eval_iters=1', '--warmup_iters=0',
+             '--max_iters=1', '--device=cpu')
+    settings = metrics(tmp_path / 'out', 'run')[0]['config']
+    num_tokens = 0.9 * num_characters
+    n_embd, dropout, passes = next(row[1:] for row in plan.PLANS if num_tokens <= row[0])
+    assert (settings['n_embd'], settings['dropout']) == (n_embd, dropout)
+    num_iters = int(dict(word.split('=') for word in words if '=' in word)['--max_iters'])
+    assert num_iters == settings['lr_decay_iters']
+    tokens_per_iter = settings['batch_size'] * settings['block_size']
+    assert 0 < num_iters * tokens_per_iter <= 1.1 * passes * num_tokens
