@@ -54,8 +54,9 @@ python="$folder/version_5/bin/python"
 for tokenizer in char bpe bytes gpt2; do
     data="$folder/data-$tokenizer" out="$folder/out-$tokenizer" hf="$folder/hf-$tokenizer"
     rm -rf "$data" "$out" "$hf"
-    "$python" data/text/prepare.py --input="$text" --tokenizer=$tokenizer --vocab_size=1024 \
-        --out_dir="$data"
+    flags=
+    if [ $tokenizer = bpe ]; then flags=--vocab_size=1024; fi
+    "$python" data/text/prepare.py --input="$text" --tokenizer=$tokenizer --out_dir="$data" $flags
     "$python" train.py --dataset="$data" --out_dir="$out" --device=cpu --dtype=float32 \
         --n_layer=3 --n_head=4 --n_embd=96 --block_size=64 --batch_size=12 \
         --gradient_accumulation_steps=1 --learning_rate=3e-3 --max_iters=100 \
