@@ -46,11 +46,12 @@ if to == 'hf':
     prompt = 'A'
     if meta and 'A' not in meta.get('stoi', 'A'):
         prompt = min(meta['stoi'])
-    arguments = json.dumps(prompt)
+    arguments = json.dumps(prompt, ensure_ascii=False)
     if model.config.block_size > 100:  # the folder limits the text to block_size, which takes long
         arguments += ', max_new_tokens=99'
+    folder = json.dumps(hf_dir, ensure_ascii=False)
     code = ('from transformers import pipeline; '
-            f'print(pipeline("text-generation", {json.dumps(hf_dir)})({arguments}))')
+            f'print(pipeline("text-generation", {folder})({arguments}))')
     say(f'exported {path} to {hf_dir}; try it: {shlex.join(["python", "-c", code])}')
 else:
     if checkpoint.exists(out_dir):

@@ -16,7 +16,7 @@ block_size = 64  # 12 x 64 = 768 tokens/iter: 1,800 iterations are 31 passes ove
 n_layer = 4
 n_head = 4
 n_embd = 96
-dropout = 0.1  # without it 50 kB is learned by heart after 13 passes; 500 kB needs none
+dropout = 0.1  # without it 3 layers learned 50 kB by heart in 13 passes; 500 kB needs none
 
 optim = 'muon'  # its val loss was lower than AdamW's after as many iterations
 learning_rate = 2e-2

@@ -81,10 +81,9 @@ def replace_dataset(folder, meta):
     if meta:
         names.append('meta.pkl')  # it takes its place first
     stale_names = {'meta.pkl', 'tokenizer.json'}.difference(names)
-    check_tokenizer_file(folder)
     is_new = not os.path.exists(folder)
     make_folder(folder)
-    check_writable(folder)
+    check_folder(folder)
     with contextlib.ExitStack() as stack:
         if is_new:
             stack.callback(remove_empty, folder)
@@ -103,6 +102,13 @@ def replace_dataset(folder, meta):
     for name in stale_names:
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(folder, name))
+
+
+def check_folder(folder):
+    """Fails if a folder that is there cannot take a dataset."""
+    if os.path.isdir(folder):
+        check_tokenizer_file(folder)
+        check_writable(folder)
 
 
 def check_writable(folder):

@@ -41,7 +41,7 @@ class Documents:
         self.field, self.column, self.encoding = field, column, encoding
         try:
             ''.encode(encoding or 'utf-8')
-        except LookupError:
+        except (LookupError, UnicodeError):
             fail(f'encoding={encoding!r} is not known', 'for example: --encoding=latin-1')
         if encoding and codecs.lookup(encoding).name == 'utf-8':
             self.encoding = 'utf-8-sig'  # also without a mark
@@ -54,6 +54,7 @@ class Documents:
     def start(self):
         self.num_read_bytes = self.num_skipped = 0
         self.skipped_files = []
+        self.other_names = []  # of fields or columns in a skipped file
 
     def list_paths(self, input):
         """The paths of all files, and the names on the hub."""
@@ -105,16 +106,21 @@ class Documents:
 
     def read_file(self, f, path):
         """The pieces of the documents in an open file."""
-        encoding = self.encoding
+        encoding = ''
         try:
             if f.peek(4).startswith(b'PAR1'):
                 rows = readers.read_parquet(f, self.column)
                 return (yield from self.take_texts(rows, path, 'column', self.column))
             stream = readers.decompress(f)
-            encoding = encoding or readers.detect_encoding(stream.peek())
-            if not encoding or path not in self.named_paths and not starts_with_text(
-                    stream.peek(), encoding):
-                return self.skip(path)
+            encoding = self.encoding or readers.detect_encoding(stream.peek())
+            is_text = encoding and starts_with_text(stream.peek(), encoding)
+            if not is_text and path not in self.named_paths:
+                self.skipped_files.append(path)
+                return
+            if not encoding:
+                fail(f'{path} is not text: it has characters of code 0, as archives and pictures '
+                     'have', 'unpack an archive first; for UTF-16 without a mark use '
+                     '--encoding=utf-16-le')
             head = stream.peek().decode(encoding, errors='ignore')
             kind = self.choose_kind(path, head)
             with io.TextIOWrapper(stream, encoding, newline='' if kind == 'csv' else None) as text:
@@ -144,25 +150,19 @@ class Documents:
         if not kind and JSON_START.match(head):
             kind = 'json'
         if not kind:
-            columns = readers.read_csv(io.StringIO(head), head).fieldnames or []
+            columns = readers.split_first_line(head)
             kind = 'csv' if len(columns) > 1 and self.column in columns else 'text'
         name = self.field if kind == 'json' else self.column
         return kind if name else 'text'  # without a name somebody wants the syntax
-
-    def skip(self, path):
-        """Leaves out a file that isn't text; fails if somebody has named it."""
-        if path in self.named_paths:
-            fail(f'{path} is not text: it has characters of code 0, as archives and pictures have',
-                 'unpack an archive first; for UTF-16 without a mark use --encoding=utf-16-le')
-        self.skipped_files.append(path)
 
     def print_omissions(self):
         """Prints what wasn't taken."""
         if self.num_skipped:
             print(f'skipped rows without text: {self.num_skipped:,}')
         if self.skipped_files:
-            print(f'skipped files that are not text: {len(self.skipped_files)}, such as '
-                  f'{self.skipped_files[0]}')
+            encoding = (self.encoding or 'utf-8').upper().removesuffix('-SIG')
+            print(f'skipped files that have no text in {encoding}: {len(self.skipped_files)}, such '
+                  f'as {self.skipped_files[0]}')
 
     def take_texts(self, rows, path, setting, name):
         """The texts of rows. They are texts, or dicts that have a text by this name.
@@ -187,7 +187,10 @@ class Documents:
                 yield from readers.read_pieces(io.StringIO(text, newline=''))
             else:
                 yield text, True
-        if names and not is_found:
+        if names and not is_found and path not in self.named_paths and os.path.exists(path):
+            self.skipped_files.append(path)
+            self.other_names = names
+        elif names and not is_found:
             fail(f'{path} has no {setting} {name!r}, but {shorten(", ".join(names), 200)}',
                  f'name the one with the text: --{setting}=NAME; to train on the syntax of a text '
                  f'file, name nothing: --{setting}=')

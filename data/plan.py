@@ -10,7 +10,7 @@ from runtime import kernels, machine
 
 BATCH_SIZE = 12  # of config/train_text.py
 BLOCK_SIZE = 64
-MAX_SECONDS = 300  # of a run
+MAX_SECONDS = 300  # of a run, without its evaluations
 # up to so many train tokens: the width of 4 layers, dropout, and how often the tokens are read
 PLANS = ((150_000, 96, 0.1, 31), (1_500_000, 128, 0.0, 6), (float('inf'), 128, 0.0, 5))
 
@@ -23,11 +23,15 @@ def choose_run(num_tokens, vocab_size):
     by_text = passes * num_tokens / (BATCH_SIZE * BLOCK_SIZE)
     by_time = MAX_SECONDS / seconds
     max_iters = max(100, 50 * round(min(by_text, by_time) / 50))
-    reason = f'more than {passes} passes over {num_tokens:,} train tokens would help little'
+    reason = f'more than {passes} passes over the text would help little'
     if by_time < by_text:
         reason = f'an iteration takes {1000 * seconds:.0f} ms on this machine now'
-    print(f'plan: {max_iters:,} iterations take at most {max_iters * seconds / 60:.1f} minutes; '
-          f'{reason}')
+    elif max_iters == 100:
+        reason = 'fewer would teach it nothing, but so short a text is learned by heart'
+    print(f'plan: a width of {n_embd} and dropout {dropout} were best for about as many train '
+          f'tokens as {num_tokens:,}')
+    print(f'plan: {max_iters:,} iterations take about {max_iters * seconds / 60:.1f} minutes, and '
+          f'evaluations a fifth of that; {reason}')
     return dict(n_embd=n_embd, dropout=dropout, max_iters=max_iters, lr_decay_iters=max_iters)
 
 

@@ -11,7 +11,7 @@ import lzma
 import re
 import zlib
 
-from runtime.console import fail
+from runtime.console import fail, get_first_line
 
 PIECE_LENGTH = 2 ** 16  # characters of a text file that are read together
 MAX_ROW_LENGTH = 2 ** 26  # characters
@@ -63,14 +63,16 @@ def find_bad_byte(path, encoding):
                 decoder.decode(block, final=not block)
             except UnicodeDecodeError as e:
                 return num_bytes - num_kept_bytes + e.start
+            if not block:
+                return num_bytes
             num_bytes += len(block)
 
 
 def read_pieces(f):
     """(piece, is_last) of a text file.
 
-    A piece ends between two lines or words. No token of a byte-level BPE crosses such a place, so
-    the pieces have the tokens of the whole text.
+    A piece ends between two lines or words. With GPT-2's pattern no token of a byte-level BPE
+    crosses such a place, so the pieces have the tokens of the whole text.
     """
     text = ''
     while block := f.read(PIECE_LENGTH):
@@ -89,9 +91,16 @@ def read_pieces(f):
 def read_csv(f, head):
     """The rows of a table as dicts. head are its first characters."""
     csv.field_size_limit(MAX_ROW_LENGTH)
-    first_line = head.partition('\n')[0]
-    delimiter = max(',\t;', key=first_line.count)
-    return csv.DictReader(read_lines(f), delimiter=delimiter)
+    delimiter = max(',\t;', key=head.partition('\n')[0].count)
+    return csv.DictReader(read_lines(f), delimiter=delimiter, strict=True)
+
+
+def split_first_line(head):
+    """The names of the columns in the first characters of a table; [] if they aren't one."""
+    try:
+        return read_csv(io.StringIO(head.partition('\n')[0]), head).fieldnames or []
+    except csv.Error:
+        return []
 
 
 def read_lines(f):
@@ -148,4 +157,5 @@ def read_hub(name):
                                          streaming=True)
     except Exception as e:  # network, hub and disk errors have no common base class
         fail(f'{name} is not a file here, and as a dataset of the Hugging Face hub it could not be '
-             f'fetched ({type(e).__name__})', 'check the name; without a network, name files')
+             f'fetched ({type(e).__name__}: {get_first_line(e)})',
+             'check the name; without a network, name files')

@@ -55,10 +55,11 @@ def write_characters(model):
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(sorted(merges, key=len) or NO_MERGES)
-    end = json.loads(read('tokenizer_config.json'))['eos_token']
-    writer.add_bos_token_id(stoi[end])
-    writer.add_eos_token_id(stoi[end])
-    writer.add_pad_token_id(stoi[end])
+    end = json.loads(read('tokenizer_config.json')).get('eos_token')
+    if end in stoi:
+        writer.add_bos_token_id(stoi[end])
+        writer.add_eos_token_id(stoi[end])
+        writer.add_pad_token_id(stoi[end])
     writer.add_add_bos_token(False)
 
 
@@ -70,6 +71,9 @@ def read(name):
 settings.check(config)
 if not hf_dir or not gguf:
     fail('--hf_dir and --gguf are needed', 'see the top of this script for an example')
+for name in ('config.json', 'tokenizer.json', 'tokenizer_config.json'):
+    if not os.path.isfile(os.path.join(hf_dir, name)):
+        fail(f'{hf_dir} has no {name}', 'name a folder that convert.py has made with --hf_dir')
 if not os.path.isfile(os.path.join(llama_cpp, 'convert_hf_to_gguf.py')):
     fail(f'{llama_cpp} has no convert_hf_to_gguf.py', "name llama.cpp's folder with --llama_cpp")
 sys.path[:0] = [llama_cpp, os.path.join(llama_cpp, 'gguf-py')]

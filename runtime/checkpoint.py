@@ -136,8 +136,8 @@ def describe(config, meta):
     """What a checkpoint says about its model: model_args, and keys that nanoGPT ignores.
 
     model_args has nanoGPT's keys, and those of other options that aren't at their default. meta
-    is the dataset's table of characters or None: with it a checkpoint can be sampled from without
-    its dataset.
+    is the dataset's meta dict, or None for GPT-2's BPE: with it a checkpoint can be sampled from
+    without its dataset.
     """
     defaults = {}
     if is_dataclass(config):
@@ -253,7 +253,7 @@ def load(path):
 
 
 def find_meta(state, path):
-    """The table of characters of a checkpoint that load() has read from path; None: GPT-2's BPE.
+    """The meta dict of a checkpoint that load() has read from path; None: GPT-2's BPE.
 
     nanoGPT's checkpoints have none in them: theirs is next to the checkpoint or in the dataset's
     folder.

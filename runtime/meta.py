@@ -100,8 +100,10 @@ def read_meta(data_dir):
     path = os.path.join(data_dir, 'tokenizer.json')
     if meta and 'stoi' in meta or not is_file(path):
         return meta
-    text = read_tokenizer_file(path)
-    return {**meta, 'tokenizer': text} if meta else make_tokenizer_meta(text, path)
+    tokenizer_meta = make_tokenizer_meta(read_tokenizer_file(path), path)
+    if meta and tokenizer_meta:
+        return {**meta, 'tokenizer': tokenizer_meta['tokenizer']}
+    return tokenizer_meta
 
 
 def make_meta(vocab_size, **tokens):

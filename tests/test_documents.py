@@ -150,9 +150,32 @@ def test_several_inputs_and_folders(tmp_path):
     names = ['books/a.txt', 'books/b.txt', 'books/deep/c.md', 'd.txt', 'e.txt']  # each once
     joined = ''.join(texts['train'] + texts['val'])
     assert joined == ''.join(f'this is {name}. ' * 20 for name in names)
-    assert 'in 5 documents' in out and 'skipped files that are not text: 1,' in out
+    assert 'in 5 documents' in out and 'skipped files that have no text in UTF-8: 1,' in out
     (tmp_path / 'a,b.txt').write_text('a comma in the name ' * 20)
     prepare(tmp_path / 'data', f'--input={tmp_path / "a,b.txt"}')
+
+
+def test_files_without_text_in_a_folder(tmp_path):
+    """They are left out and counted. A file that somebody has named is a mistake."""
+    folder = tmp_path / 'books'
+    folder.mkdir()
+    (folder / 'a.txt').write_text('some words ' * 50)
+    (folder / 'latin.txt').write_bytes('où '.encode('latin-1') * 50)
+    (folder / 'package.json').write_text('{"name": "x", "version": "1"}')
+    out = prepare(tmp_path / 'data', f'--input={folder}').stdout
+    assert ''.join(sum(read_documents(tmp_path / 'data').values(), [])) == 'some words ' * 50
+    assert 'skipped files that have no text in UTF-8: 2, such as ' in out
+    (folder / 'a.txt').unlink()
+    err = prepare(tmp_path / 'x', f'--input={folder}/*.json', ok=False).stderr
+    assert "has no field 'text' or column 'text', but name, version" in err and '--field=' in err
+    assert err.count('\n') == 1 and not (tmp_path / 'x').exists()
+
+
+def test_line_ends_of_old_macs(tmp_path):
+    (tmp_path / 'a.txt').write_bytes(b'one line\ranother, longer line\r' * 20)
+    prepare(tmp_path / 'data', f'--input={tmp_path / "a.txt"}')
+    text = ''.join(sum(read_documents(tmp_path / 'data').values(), []))
+    assert text == 'one line\nanother, longer line\n' * 20
 
 
 def test_folders_that_are_links(tmp_path):
@@ -258,6 +281,7 @@ MISTAKES = [
     ('cut.bz2', bz2.compress(b'a' * 10 ** 6)[:40], 'cannot be read'),
     ('cut.parquet', b'PAR1' + b'x' * 100, 'cannot be read'),
     ('latin.parquet', make_damaged_parquet(), 'has a text that is not UTF-8'),
+    ('quote.csv', b'id,text\n1,"a text\n2,b\n', 'unexpected end of data'),
     ('books.zip', make_zip(), 'unpack an archive first'),
     ('other.parquet', make_parquet().replace(b'text', b'body'), "no column 'text', but n, body"),
     ('latin.csv.gz', gzip.compress(b'id,text\n1,caf\xe9\n'), 'byte 13 is wrong'),
@@ -281,11 +305,14 @@ def test_mistakes_end_in_one_line_and_write_nothing(tmp_path, name, content, wor
     (['--input=a.txt', '--tokenizer=none.json'], "tokenizer='none.json' is not known"),
     (['--input=a.txt', '--tokenizer=bad.json'], 'bad.json is not a usable tokenizer.json'),
     (['--input=a.txt', '--num_threads=-1'], 'num_threads=-1 must be at least 0'),
+    (['--input=a.txt', '--encoding=undefined'], "encoding='undefined' is not known"),
+    (['--input=a.parquet', '--encoding=latin-1'], 'a.parquet has a text that is not UTF-8'),
     (['--input=a.txt', '--encoding=hex'], "encoding='hex' is not known"),
     (['a.txt'], 'did you mean --input=a.txt?'), (['.'], 'did you mean --input=.?'),
 ])
 def test_mistakes_in_settings(tmp_path, args, words):
     (tmp_path / 'a.txt').write_text('some words ' * 50)
+    (tmp_path / 'a.parquet').write_bytes(make_damaged_parquet())
     (tmp_path / 'bad.json').write_text('{"model": {}}')
     err = run_here('data/text/prepare.py', '--out_dir=data', *args, cwd=tmp_path, ok=False).stderr
     assert words in err and not (tmp_path / 'data').exists()
@@ -423,12 +450,12 @@ def test_fineweb_edu_from_local_files(tmp_path, bpe):
     (tmp_path / 'a.parquet').write_bytes(make_parquet())
     out = run_here('data/fineweb_edu/prepare.py', f'--input={tmp_path}/*.parquet',
                    '--val_share=0.1', f'--out_dir={tmp_path / "data"}').stdout
-    ids = [np.fromfile(tmp_path / 'data' / f'{split}.bin', dtype='<u2').tolist()
-           for split in ('train', 'val')]
+    documents = []
+    for split in ('train', 'val'):
+        ids = np.fromfile(tmp_path / 'data' / f'{split}.bin', dtype='<u2')
+        documents += np.split(ids, np.flatnonzero(ids == 50256) + 1)[:-1]
     expected = [gpt2.encode_ordinary(text) + [50256] for text in list_rows() if text]
-    assert sorted(map(len, expected)) == sorted(
-        len(part) + 1 for split in ids for part in gpt2.decode(split).split('<|endoftext|>')[:-1]
-        for part in [gpt2.encode_ordinary(part)])
+    assert sorted(ids.tolist() for ids in documents) == sorted(expected)
     assert 'config/train_gpt2.py' in out and 'skipped rows without text: 2\n' in out
 
 

@@ -86,12 +86,15 @@ def test_bytes_are_their_own_ids():
 
 @pytest.mark.parametrize('make', [tokenizer_json.make_gpt2,
                                   lambda: tokenizer_json.convert_tiktoken('gpt2')])
-def test_gpt2s_tokenizer_json_gives_the_ids_of_tiktoken(bpe, make):
+def test_gpt2s_tokenizer_json_gives_the_ids_of_tiktoken(bpe, tmp_path, make):
     ours, gpt2 = FileTokenizer(make()), GPT2Tokenizer()
     for text in [*make_strange_texts(), *map(make_text, LANGUAGES)]:
         assert ours.encode_batch([text])[0].tolist() == gpt2.encode_batch([text])[0].tolist()
         assert ours.encode(text) == gpt2.encode(text)
     assert make_tokenizer_meta(ours.text, 'x') is None  # it is GPT-2's, which has no meta
+    (tmp_path / 'tokenizer.json').write_text(ours.text, encoding='utf-8')
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 50257}))
+    assert read_meta(str(tmp_path)) is None
 
 
 def test_a_tokenizer_of_tiktoken_keeps_its_ids(bpe, monkeypatch):
@@ -402,7 +405,7 @@ def test_characters_after_a_tokenizer_in_the_same_folder(tmp_path):
     assert read_meta(str(tmp_path / 'data'))['vocab_size'] == len(set('some words '))
 
 
-def test_the_checkpoint_of_a_tokenizer_is_read_by_nanogpts_rules(tmp_path):
+def test_the_checkpoint_has_the_tokenizer_and_its_size(tmp_path):
     prepare(tmp_path / 'data', 'some words ' * 90, '--tokenizer=bytes')
     train(tmp_path / 'data', tmp_path / 'out')
     state = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)

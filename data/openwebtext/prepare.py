@@ -67,6 +67,9 @@ def load_documents():
     if 'text' not in documents.column_names:
         columns = ', '.join(documents.column_names)
         fail(f'{files[0]} has no column text, only {columns}', 'rename the column')
+    if documents.features['text'].dtype not in ('string', 'large_string', 'null'):
+        fail(f"the column text of {files[0]} has values of type {documents.features['text'].dtype}",
+             'name files with texts in it')
     num_skipped = documents.data.column('text').null_count
     if num_skipped:
         documents = documents.filter(lambda text: text is not None, input_columns='text')

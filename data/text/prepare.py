@@ -98,7 +98,11 @@ if not out_dir:
         fail(f'name={name!r} cannot be the name of a folder', 'use a name such as mybook')
     if os.path.exists(os.path.join(ROOT, 'data', name, 'prepare.py')):
         fail(f'name={name!r} belongs to a dataset of this repository', 'use another name')
+folder = out_dir or os.path.join(ROOT, 'data', name)
+corpus.check_folder(folder)
 run_name = name or os.path.basename(os.path.normpath(out_dir))
+if num_threads:
+    os.environ['RAYON_NUM_THREADS'] = str(num_threads)  # of the package tokenizers
 meta = None  # GPT-2's BPE
 tokenizer_text = read_tokenizer(tokenizer)
 if vocabulary:
@@ -109,10 +113,15 @@ elif tokenizer_text:
 # -----------------------------------------------------------------------------
 # the first pass: how many documents there are, and what a new vocabulary depends on
 documents = Documents(input, field, column, encoding)
-enough_documents = math.ceil(1 / val_share)  # for one of them to be the validation split
-depends_on_text = tokenizer in ('char', 'bpe') and not (meta and 'tokenizer' in meta)
-survey = encode.survey(documents, None if depends_on_text else enough_documents)
+enough_documents = math.ceil(min(1 / val_share, 1e18))  # for one of them to be the validation split
+is_table = tokenizer == 'char' and (not vocabulary or meta and 'stoi' in meta)
+max_documents = None if is_table or tokenizer == 'bpe' else enough_documents
+survey = encode.survey(documents, max_documents)
 if not survey.num_documents:
+    if documents.other_names:
+        fail(f'{input} has no field {field!r} or column {column!r}, but '
+             f'{shorten(", ".join(documents.other_names), 200)}',
+             'name the one with the text: --field=NAME or --column=NAME')
     problem = 'has no text files' if documents.skipped_files else 'is empty'
     if documents.num_skipped:
         problem = f'has no text, only {documents.num_skipped:,} rows without one'
@@ -125,7 +134,7 @@ if meta and 'stoi' in meta:
 elif tokenizer == 'char' and not vocabulary:
     meta = make_character_meta(survey.characters)
 elif tokenizer == 'bpe':
-    tokenizer_text = tokenizer_json.train_bpe(survey.sample, vocab_size)
+    tokenizer_text = tokenizer_json.train_bpe(survey.sample, vocab_size, sys.stderr.isatty())
     meta = make_tokenizer_meta(tokenizer_text, 'the new tokenizer')
 
 # -----------------------------------------------------------------------------
@@ -135,8 +144,7 @@ if survey.num_documents < enough_documents:
 else:
     pieces = encode.split_by_document(documents, val_share)
 encoder = get_tokenizer(meta)
-num_tokens = encode.write_dataset(out_dir or os.path.join(ROOT, 'data', name), documents, pieces,
-                                  encoder, meta, num_threads, start_time)
+num_tokens = encode.write_dataset(folder, documents, pieces, encoder, meta, num_threads, start_time)
 if meta and 'tokenizer' in meta:
     encode.compare_with_gpt2(encoder, survey.sample)
 run = dict(dataset=out_dir or name, out_dir=f'out-{run_name}')
