@@ -28,8 +28,8 @@ def choose_run(num_tokens, vocab_size):
         reason = f'an iteration takes {1000 * seconds:.0f} ms on this machine now'
     elif max_iters == 100:
         reason = 'fewer would teach it nothing, but so short a text is learned by heart'
-    print(f'plan: a width of {n_embd} and dropout {dropout} were best for about as many train '
-          f'tokens as {num_tokens:,}')
+    print(f'plan: a width of {n_embd} and a dropout of {dropout} for {num_tokens:,} train tokens, '
+          'by the runs in data/text/readme.md')
     print(f'plan: {max_iters:,} iterations take about {max_iters * seconds / 60:.1f} minutes, and '
           f'evaluations a fifth of that; {reason}')
     return dict(n_embd=n_embd, dropout=dropout, max_iters=max_iters, lr_decay_iters=max_iters)
