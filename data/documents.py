@@ -24,6 +24,7 @@ TITLE = 'the input'  # of what comes through a pipe
 HUB_NAME = re.compile(r'[\w-]+/[\w.-]*[\w-](:[\w.-]+)?')  # owner/name:configuration
 HALVES = re.compile('[\ud800-\udfff]')  # of a character in UTF-16, which JSON may have by mistake
 JSON_START = re.compile(r'\s*(\[\s*)?\{\s*"(?:[^"\\\n]|\\.)*"\s*:')
+WIDE_ENCODINGS = 'utf-16', 'utf_16', 'utf16', 'utf-32', 'utf_32', 'utf32'  # they have zero bytes
 MAX_ROWS_WITHOUT = 1000  # rows without the field or column; then the file has none
 KINDS = {'.json': 'json', '.jsonl': 'json', '.ndjson': 'json', '.csv': 'csv', '.tsv': 'csv'}
 
@@ -112,7 +113,9 @@ class Documents:
                 rows = readers.read_parquet(f, self.column)
                 return (yield from self.take_texts(rows, path, 'column', self.column))
             stream = readers.decompress(f)
-            encoding = self.encoding or readers.detect_encoding(stream.peek())
+            encoding = readers.detect_encoding(stream.peek())
+            if self.encoding and (encoding or self.encoding.lower().startswith(WIDE_ENCODINGS)):
+                encoding = self.encoding
             is_text = encoding and starts_with_text(stream.peek(), encoding)
             if not is_text and path not in self.named_paths:
                 self.skipped_files.append(path)
@@ -137,7 +140,8 @@ class Documents:
                 fail(f'{path} has a text that is not UTF-8', 'repair it, or leave it out')
             place = readers.find_bad_byte(f.name, encoding)
             fail(f'{path} is not {encoding.upper().removesuffix("-SIG")}: byte {place:,} is wrong',
-                 'name its encoding, such as --encoding=cp1252, cp1251 or gb18030, or leave it out')
+                 'name the encoding of the file, such as --encoding=cp1252, cp1251 or gb18030, or '
+                 'leave the file out')
         except (*readers.ERRORS, csv.Error, ValueError, RecursionError) as e:
             fail(f'{path} cannot be read ({get_first_line(e)})', 'repair it, or leave it out')
 

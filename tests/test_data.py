@@ -393,7 +393,7 @@ def test_another_text_with_the_vocabulary_of_a_run(tmp_path, trained, char_data)
     (tmp_path / 'new.txt').write_text('1 und 1 = 2 ' * 50)
     err = run(*args, f'--vocabulary={trained}', ok=False).stderr
     assert "lacks 2 characters of the text: '=u'" in err
-    for source, words in ((tmp_path, 'no checkpoint'), (tmp_path / 'nothing', 'does not exist')):
+    for source, words in ((tmp_path, 'no checkpoint'), (tmp_path / 'nothing', 'neither a dataset')):
         assert words in run(*args, f'--vocabulary={source}', ok=False).stderr
     err = run(*args, f'--vocabulary={trained}', '--tokenizer=gpt2', ok=False).stderr
     assert '--vocabulary has no effect' in err

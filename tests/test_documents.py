@@ -307,12 +307,16 @@ def test_mistakes_end_in_one_line_and_write_nothing(tmp_path, name, content, wor
     (['--input=a.txt', '--num_threads=-1'], 'num_threads=-1 must be at least 0'),
     (['--input=a.txt', '--encoding=undefined'], "encoding='undefined' is not known"),
     (['--input=a.parquet', '--encoding=latin-1'], 'a.parquet has a text that is not UTF-8'),
+    (['--input=zeros.txt', '--encoding=latin-1'], 'zeros.txt is not text'),
+    (['--input=a.txt', '--vocabulary=none'], "vocabulary='none' is neither a dataset nor"),
+    (['--input=a.txt', '--vocabulary=x', '--vocab_size=300'], 'no effect with --vocabulary'),
     (['--input=a.txt', '--encoding=hex'], "encoding='hex' is not known"),
     (['a.txt'], 'did you mean --input=a.txt?'), (['.'], 'did you mean --input=.?'),
 ])
 def test_mistakes_in_settings(tmp_path, args, words):
     (tmp_path / 'a.txt').write_text('some words ' * 50)
     (tmp_path / 'a.parquet').write_bytes(make_damaged_parquet())
+    (tmp_path / 'zeros.txt').write_bytes(b'a\0b')
     (tmp_path / 'bad.json').write_text('{"model": {}}')
     err = run_here('data/text/prepare.py', '--out_dir=data', *args, cwd=tmp_path, ok=False).stderr
     assert words in err and not (tmp_path / 'data').exists()

@@ -27,6 +27,7 @@ from documents import Documents
 from runtime import checkpoint, settings, tokenizer_json
 from runtime.console import ROOT, fail, shorten
 from runtime.dataset import locate_data
+from runtime.huggingface import is_huggingface
 from runtime.meta import make_character_meta, make_tokenizer_meta, read_meta
 from runtime.tokenizer import get_tokenizer, read_tokenizer_file
 
@@ -50,6 +51,11 @@ def read_vocabulary(source):
     data_dir = locate_data(source)
     if data_dir:
         return read_meta(data_dir)
+    if is_huggingface(source):
+        fail(f'{source} is a folder for transformers', f'use its tokenizer: --tokenizer={source}')
+    if not os.path.exists(source):
+        fail(f'vocabulary={source!r} is neither a dataset nor the folder of a run',
+             'name one of them, such as --vocabulary=out-mybook')
     return checkpoint.find_meta(*checkpoint.load_best(source))
 
 
@@ -89,6 +95,8 @@ if missing:
          'for example: python data/text/prepare.py --input=book.txt --name=mybook')
 if vocabulary and tokenizer != 'char':
     fail(f'--vocabulary has no effect with tokenizer={tokenizer!r}', 'leave out one of them')
+if vocabulary and vocab_size != 8192:
+    fail('--vocab_size has no effect with --vocabulary', 'leave out one of them')
 if tokenizer != 'bpe' and vocab_size != 8192:
     fail(f'--vocab_size has no effect with tokenizer={tokenizer!r}', 'use --tokenizer=bpe')
 if tokenizer == 'bpe' and vocab_size < 257:
@@ -136,6 +144,8 @@ elif tokenizer == 'char' and not vocabulary:
 elif tokenizer == 'bpe':
     tokenizer_text = tokenizer_json.train_bpe(survey.sample, vocab_size, sys.stderr.isatty())
     meta = make_tokenizer_meta(tokenizer_text, 'the new tokenizer')
+    if meta['vocab_size'] < vocab_size:
+        print(f'the text is too short for {vocab_size:,} tokens: all pairs that come twice are in')
 
 # -----------------------------------------------------------------------------
 # the second pass: encode
