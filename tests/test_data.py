@@ -230,7 +230,7 @@ def test_your_own_text_by_name_in_bpe(tmp_path, bpe):
     (['--out_dir=x'], 'error: missing --input (your text file); for example'),
     (['--input=none.txt', '--name=x'], 'none.txt cannot be read'),
     (['--input=empty.txt', '--name=x'], 'empty'),
-    (['--input=latin.txt', '--name=x'], 'latin.txt is not UTF-8: byte 1 is wrong; name its enc'),
+    (['--input=latin.txt', '--name=x'], 'latin.txt is not UTF-8: byte 1 is wrong; name the enc'),
     (['--input=book.txt', '--name=a/b'], "'a/b' cannot be the name of a folder"),
     (['--input=book.txt', '--name=openwebtext'], "'openwebtext' belongs to a dataset"),
     (['--input=book.txt', '--name=x', '--tokenizer=word'], "'word'"),
