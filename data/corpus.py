@@ -194,7 +194,7 @@ def read_block_size(config_file):
 
 
 def print_next_step(config_file, num_tokens, **flags):
-    """Prints the command that trains on the dataset. Flags with a text of '' are left out."""
+    """Prints the command that trains on the dataset. Flags whose value is '' are left out."""
     max_block_size = min(num_tokens.values()) - 1
     if max_block_size < read_block_size(config_file):
         flags['block_size'] = max_block_size

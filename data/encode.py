@@ -82,7 +82,7 @@ def split_by_document(documents, val_share):
         num_val = num_characters['val']
         num_due = val_share * sum(num_characters.values())
         is_far_off = num_val > 2 * num_due or num_due > max(readers.PIECE_LENGTH, 2 * num_val)
-        # only now, as a document may end before it makes a difference
+        # whole documents are better, so only what is far off is cut
         is_long = not is_first and (is_long or is_far_off)
         if is_first or is_long:
             split = 'val' if num_val < num_due else 'train'

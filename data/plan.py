@@ -23,15 +23,15 @@ def choose_run(num_tokens, vocab_size):
     by_text = passes * num_tokens / (BATCH_SIZE * BLOCK_SIZE)
     by_time = MAX_SECONDS / seconds
     max_iters = max(100, 50 * round(min(by_text, by_time) / 50))
-    reason = f'they are {passes} passes over the text, as in those runs'
+    reason = f'they are {passes} passes over the text'
     if by_time < by_text:
         reason = f'an iteration takes {1000 * seconds:.0f} ms on this machine now'
     elif max_iters == 100:
         reason = 'so short a text is learned by heart'
     print(f'plan: a width of {n_embd} and a dropout of {dropout} for {num_tokens:,} train tokens, '
           'by the runs in data/text/readme.md')
-    print(f'plan: {max_iters:,} iterations take about {max_iters * seconds / 60:.1f} minutes, and '
-          f'evaluations a fifth of that; {reason}')
+    print(f'plan: {max_iters:,} iterations take about {max_iters * seconds / 60:.1f} minutes '
+          f'without evaluations; {reason}')
     return dict(n_embd=n_embd, dropout=dropout, max_iters=max_iters, lr_decay_iters=max_iters)
 
 

@@ -25,11 +25,12 @@ from runtime.checkpoint_format import (
     rename_weights,
 )
 from runtime.console import fail, format_command, get_first_line, note, warn
-from runtime.dataset import check_vocabulary, is_gpt2_vocabulary, locate_data
+from runtime.dataset import check_vocabulary, locate_data
 from runtime.distributed import all_reduce_sum, is_sharded, local_tensor
 from runtime.files import is_file, replace
 from runtime.meta import read_meta
 from runtime.previous_runs import BEST, LAST, describe_previous_runs, exists, read_iter_num
+from runtime.tokenizer import is_gpt2_vocabulary
 
 KEYS = {*TYPES, 'iter_num', 'best_val_loss', 'val_loss', 'meta', 'gelu'}  # of a checkpoint
 

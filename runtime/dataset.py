@@ -16,7 +16,7 @@ import torch
 from runtime.console import ROOT, fail, format_script, warn
 from runtime.files import describe_changes, fingerprint
 from runtime.shards import list_bins
-from runtime.tokenizer import have_same_tokens
+from runtime.tokenizer import have_same_tokens, is_gpt2_vocabulary
 
 SPLITS = 'train', 'val'
 
@@ -78,11 +78,6 @@ def identify_data(data_dir, meta=None):
         warn(f'meta.pkl in {data_dir} was written with other .bin files: {"; ".join(changes)}. '
              'If you have not changed them, prepare the dataset again')
     return data_id
-
-
-def is_gpt2_vocabulary(vocab_size):
-    """Whether this may be GPT-2's vocabulary: its 50,257 tokens, or padded by up to 943 rows."""
-    return 50257 <= vocab_size <= 51200
 
 
 def check_vocabulary(meta, state, data_dir, path, remedy='name the right one with --dataset'):

@@ -11,7 +11,14 @@ import numpy as np
 from runtime import pickles
 from runtime.console import fail, get_first_line, warn
 from runtime.files import is_file, read_data_id
-from runtime.tokenizer import CharTokenizer, FileTokenizer, find_gpt2, is_gpt2, read_tokenizer_file
+from runtime.tokenizer import (
+    CharTokenizer,
+    FileTokenizer,
+    find_gpt2,
+    is_gpt2,
+    is_gpt2_vocabulary,
+    read_tokenizer_file,
+)
 
 # the bins' dtypes by the names that a meta.pkl may have for them, and how many ids each has
 DTYPES = {'uint16': 'uint16', 'u2': 'uint16', 'uint32': 'uint32', 'u4': 'uint32'}
@@ -100,9 +107,12 @@ def read_meta(data_dir):
     path = os.path.join(data_dir, 'tokenizer.json')
     if meta and 'stoi' in meta or not is_file(path):
         return meta
-    tokenizer_meta = make_tokenizer_meta(read_tokenizer_file(path), path)
+    text = read_tokenizer_file(path)
+    if meta and not is_gpt2_vocabulary(meta['vocab_size']):
+        return {**meta, 'tokenizer': text}  # nothing is built: training needs only vocab_size
+    tokenizer_meta = make_tokenizer_meta(text, path)
     if meta and tokenizer_meta:
-        return {**meta, 'tokenizer': tokenizer_meta['tokenizer']}
+        return {**tokenizer_meta, **meta}
     return tokenizer_meta
 
 

@@ -191,6 +191,11 @@ def is_gpt2(ids):
             and {token: ids.get(token) for token in known} == known)
 
 
+def is_gpt2_vocabulary(vocab_size):
+    """Whether this may be GPT-2's vocabulary: its 50,257 tokens, or padded by up to 943 rows."""
+    return 50257 <= vocab_size <= 51200
+
+
 def list_byte_characters():
     """The 256 characters that stand for the bytes in a byte-level tokenizer, as in GPT-2's.
 
