@@ -25,6 +25,8 @@ import sys
 import tempfile
 from contextlib import nullcontext
 
+import runtime.threads  # noqa: F401  before torch: it sets how torch's threads wait
+
 import numpy as np
 import torch
 
@@ -41,6 +43,7 @@ what = 'train'  # train (a step) | data (a batch) | prefill | decode | run | sta
 compare = ''  # hf (transformers; train, prefill, decode) | slices (data) | a command
 num_samples = 1  # prefill and decode: sequences at once
 max_new_tokens = 100  # decode: tokens per sequence
+busy = False  # measure again next to a process on each core, of nice 10 and then of nice 0
 repeats = 20  # measurements: at least 3, at most this many, no new one after 20 s (60 s of pairs)
 # data
 dataset = 'openwebtext'  # used if it is prepared, otherwise random tokens
@@ -127,16 +130,12 @@ def make_optimizer(model):
     return optimizer
 
 
-def estimate_memory(batch_size, optimizer_bytes):
-    return sum(memory.estimate_training_bytes(
-        model.config, model.get_num_params(False), optimizer_bytes, batch_size, dtype, device_type,
-        kernels.stores_logits(model), compile, activation_checkpointing))
-
-
 free_bytes = memory.read_free_memory(device)
 if what == 'train' and free_bytes:
     optimizer_bytes = optimizers.count_state_bytes(make_optimizer(model))
-    while batch_size > 1 and estimate_memory(batch_size, optimizer_bytes) > free_bytes:
+    while batch_size > 1 and free_bytes < sum(memory.estimate_training_bytes(
+            model.config, model.get_num_params(False), optimizer_bytes, batch_size, dtype,
+            device_type, kernels.stores_logits(model), compile, activation_checkpointing)):
         batch_size //= 2
 if batch_size < config['batch_size']:
     print(f'memory: batch_size={config["batch_size"]} would not fit into the '
@@ -231,7 +230,7 @@ def prepare_ours():
     if what == 'train':
         return prepare_training(model, lambda model, X, Y: model(X, Y)[1])
     if what == 'run':  # train.py, with the arguments that aren't only this script's
-        own_flags = '--(what|compare|repeats|num_samples|max_new_tokens|real_data|profile)'
+        own_flags = '--(what|compare|busy|repeats|num_samples|max_new_tokens|real_data|profile)'
         args = [arg for arg in sys.argv[1:] if not re.match(own_flags, arg)]
         return timing.run_process([sys.executable, os.path.join(ROOT, 'train.py'), *args,
                                    f'--out_dir={scratch.name}'])
@@ -277,11 +276,12 @@ result = dict(what=what, compare=compare, device=name, dtype=dtype, compile=comp
 if profiler:
     result.update(profile=timing.print_profile(profiler, device_type, out_dir))
 result.update(timing.print_times(times, their_times[0] if compare else None, tokens_each))
-if what == 'train':
-    flops = flops_per_token * tokens_each
-    result.update(timing.print_matmul_share(times, flops, device, ptdtype))
-if what == 'prefill':
+if busy:
+    result.update(timing.print_slowdowns(ours, times, device, repeats, tokens_each, in_process))
+if what in ('train', 'prefill'):
     flops = timing.count_prefill_flops(model.config, num_params, num_samples, prompt_length)
+    if what == 'train':
+        flops = flops_per_token * tokens_each
     result.update(timing.print_matmul_share(times, flops, device, ptdtype))
 if what == 'decode':  # each token needs all the weights once
     num_bytes = num_params * ptdtype.itemsize

@@ -13,6 +13,8 @@ import json
 import os
 import sys
 
+from runtime import threads  # before torch: it sets how torch's threads wait for each other
+
 import torch
 from tqdm import tqdm
 
@@ -152,6 +154,7 @@ def interact():
 
 
 graphs = {}  # keeps the CUDA graph of a step for the next prompt
+busy_note = threads.BusyNote()  # tells if other processes take much CPU time
 rows = 1
 if not stream and not interactive:
     rows = inference.choose_rows(model, prompt_length, max_new_tokens, num_samples,
@@ -172,3 +175,4 @@ for first_sample in range(0, num_samples, rows):
             print(json.dumps(dict(prompt=start, text=text, stopped=was_stopped)), flush=True)
             continue
         print('' if is_streamed else start + text + '\n', '-' * 15, sep='', flush=True)
+    busy_note.check()

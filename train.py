@@ -15,6 +15,8 @@ import os
 import time
 from contextlib import nullcontext
 
+from runtime import threads  # before torch: it sets how torch's threads wait for each other
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -277,18 +279,6 @@ def save_after_error(frames):
         report.print_rescue(run_dir, out_dir, iter_num, ddp_world_size)
 
 
-def start_wandb():
-    """Starts or continues the wandb run; without a key or a network it logs offline."""
-    import wandb
-    options = dict(project=wandb_project, name=wandb_run_name, config=config, id=wandb_id)
-    try:
-        return wandb.init(**options, resume='allow')
-    except Exception as e:
-        warn(f'wandb could not start ({e}), so it logs offline. '
-             'Run `wandb login` and `wandb sync` to upload the run later')
-        return wandb.init(**options, resume='allow', mode='offline')
-
-
 # -----------------------------------------------------------------------------
 # the run plan
 if was_finished and iter_num >= max_iters > 0 and not eval_only:
@@ -298,7 +288,10 @@ if was_finished and iter_num >= max_iters > 0 and not eval_only:
 report.print_plan(origin, raw_model, config, data_dir, meta, tokens, (device, device_reason),
                   (dtype, dtype_reason), (compile, compile_reason), backend, ddp_world_size,
                   state_bytes, iter_num)
-wandb_run = try_or_warn('wandb', start_wandb) if wandb_log and master_process else None
+wandb_run = None
+if wandb_log and master_process:
+    wandb_run = try_or_warn('wandb', report.start_wandb, wandb_project, wandb_run_name, config,
+                            wandb_id)
 if run_dir:
     run_dir.begin(is_new=init_from != 'resume', config=config, device=device, dtype=dtype,
                   world_size=ddp_world_size)
@@ -314,6 +307,7 @@ peak_flops = machine.find_peak_flops(device)
 first_iter = iter_num
 mfu = None  # a running mean
 bad_steps = optimizers.BadSteps(device)  # counts skipped updates on the device
+busy_note = threads.BusyNote()  # tells if other processes take much CPU time
 gc.freeze()  # the garbage collector need not look at all these objects again and again
 X, Y = get_train_batch(iter_num, 0)
 eval_seconds = 0.0  # of the last evaluation
@@ -396,6 +390,7 @@ while True:
         say(report.format_iter(iter_num, loss, dt, mfu, config,
                                seconds_left if iter_num > first_iter else None))
         bad_steps.read(iter_num)  # sets streak and total
+        busy_note.check()
         if run_dir:
             run_dir.log(event='iter', iter=iter_num, loss=loss if math.isfinite(loss) else None,
                         ms=1000 * dt, lr=lr, mfu=mfu and 100 * mfu,

@@ -120,6 +120,18 @@ def print_memory(model, optimizer_bytes, config, device, dtype, compile, ranks, 
     memory.plan_memory(state_bytes, activation_bytes, allocated_bytes, device, ranks)
 
 
+def start_wandb(project, name, config, run_id):
+    """Starts or continues the wandb run; without a key or a network it logs offline."""
+    import wandb  # here: most runs don't use it
+    options = dict(project=project, name=name, config=config, id=run_id, resume='allow')
+    try:
+        return wandb.init(**options)
+    except Exception as e:
+        warn(f'wandb could not start ({e}), so it logs offline. '
+             'Run `wandb login` and `wandb sync` to upload the run later')
+        return wandb.init(**options, mode='offline')
+
+
 # -----------------------------------------------------------------------------
 # while it trains
 def format_eval(metrics, with_perplexity):

@@ -19,6 +19,7 @@ import torch
 from runtime.console import fail, make_folder
 from runtime.machine import synchronize
 from runtime.memory import read_free_memory
+from runtime.threads import keep_cores_busy
 
 MAX_SECONDS = 20  # for the repetitions of one work; 60 for two in turns
 
@@ -186,10 +187,7 @@ def unite(events):
 # -----------------------------------------------------------------------------
 # the device's own rates
 def measure_best(work, device):
-    """The seconds of the work, the best of three timings.
-
-    Short work is repeated within each, so that starting it and waiting for it don't count.
-    """
+    """The seconds of the work, the best of three timings, in each of which short work repeats."""
     measure(work, device)
     repeats = max(1, min(200, int(0.1 / measure(work, device))))
     return min(measure(work, device, repeats) for _ in range(3))
@@ -262,6 +260,19 @@ def print_times(times, their_times, tokens):
     if tokens:
         result['tokens_per_s'] = tokens / statistics.median(times)
         print_row('tokens/s', [tokens / t for t in times], 0)
+    return result
+
+
+def print_slowdowns(work, times, device, repeats, tokens, short_works):
+    """Measures the work again, next to processes that keep the cores busy, and compares."""
+    result = {}
+    for niceness in (10, 0):
+        with keep_cores_busy(torch.get_num_threads(), niceness):
+            slow_times, = measure_in_turns([work], device, repeats, tokens, short_works)
+        slowdown = statistics.median(slow_times) / statistics.median(times)
+        print_row(f'ms, next to nice {niceness}', [1000 * t for t in slow_times])
+        print(f'{"times as long":26} {slowdown:25.2f}')
+        result[f'slowdown_next_to_nice_{niceness}'] = slowdown
     return result
 
 
