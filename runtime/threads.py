@@ -14,10 +14,10 @@ from runtime.console import note
 
 # At the end of each operation the threads wait for the last one. GNU's OpenMP lets them spin for
 # some 10 ms before they sleep. If another process has the CPU of the last thread, they burn the
-# time that it needs. 10,000 turns, half a millisecond or less, are as fast on a quiet machine.
+# time that it needs. 20,000 turns, about a millisecond, are as fast on a quiet machine.
 # Other OpenMPs don't read this
 if 'OMP_WAIT_POLICY' not in os.environ:
-    os.environ.setdefault('GOMP_SPINCOUNT', '10000')
+    os.environ.setdefault('GOMP_SPINCOUNT', '20000')
 
 CHECK_SECONDS = 5  # between two looks at the waiting times
 MAX_WAITING = 0.25  # the share of their time that threads may wait for a CPU without a message

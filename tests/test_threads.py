@@ -31,7 +31,7 @@ def test_the_setting_comes_before_torch(script):
 
 
 @pytest.mark.parametrize('env, spins', [
-    ({}, '10000'), ({'GOMP_SPINCOUNT': '77'}, '77'), ({'OMP_WAIT_POLICY': 'passive'}, 'None'),
+    ({}, '20000'), ({'GOMP_SPINCOUNT': '77'}, '77'), ({'OMP_WAIT_POLICY': 'passive'}, 'None'),
     ({'OMP_WAIT_POLICY': 'active', 'GOMP_SPINCOUNT': '5'}, '5')])
 def test_what_the_user_has_set_stays(env, spins):
     inherited = {name: value for name, value in os.environ.items()
