@@ -4,7 +4,6 @@ Measures how fast the work is done, how close that is to what the device can do,
     python bench.py                                                 a training step of GPT-2 124M
     python bench.py config/train_shakespeare_char.py                of any config file's model
     python bench.py --what=decode --num_samples=10 --compare=hf     generation, and transformers'
-    python bench.py --what=data --compare=slices                    get_batch, and nanoGPT's way
     python bench.py --profile=True                                  a table of where the time goes
     python bench.py --compare="python ../other/bench.py"            another checkout
 
@@ -14,7 +13,6 @@ command must print JSON with tokens_per_s as its last line, as this script and r
 import dataclasses
 import datetime
 import gc
-import itertools
 import json
 import os
 import platform
@@ -25,7 +23,7 @@ import sys
 import tempfile
 from contextlib import nullcontext
 
-import runtime.threads  # noqa: F401  before torch: it sets how torch's threads wait
+from runtime import threads  # before torch: it sets how torch's threads wait for each other
 
 import numpy as np
 import torch
@@ -162,7 +160,7 @@ def get_batch(starts):
 def prepare_data():
     """A batch, drawn and read as train.py does."""
     order = DataOrder('random', seed, len(tokens), block_size, batch_size, 1)
-    iterations = itertools.count()
+    iterations = iter(range(sys.maxsize))
     return lambda: get_batch(order.get_starts(next(iterations), 0))
 
 
@@ -258,8 +256,10 @@ if what in ('run', 'start'):  # a process is measured from its start
 timing.warm_up(in_process, device)
 gc.freeze()  # as train.py does
 profiler = timing.start_profiler(out_dir) if profile else None
+busy_note = threads.BusyNote()
 times, *their_times = timing.measure_in_turns(works, device, repeats, tokens_each,
                                               short_works=[] if profile else in_process)
+busy_note.check()
 peak_bytes = timing.read_peak_memory(device)
 
 # -----------------------------------------------------------------------------
@@ -277,11 +277,12 @@ if profiler:
     result.update(profile=timing.print_profile(profiler, device_type, out_dir))
 result.update(timing.print_times(times, their_times[0] if compare else None, tokens_each))
 if busy:
-    result.update(timing.print_slowdowns(ours, times, device, repeats, tokens_each, in_process))
-if what in ('train', 'prefill'):
+    result.update(timing.print_slowdowns(ours, device, repeats, tokens_each, in_process))
+if what == 'train':
+    flops = flops_per_token * tokens_each
+    result.update(timing.print_matmul_share(times, flops, device, ptdtype), loss=ours().item())
+if what == 'prefill':
     flops = timing.count_prefill_flops(model.config, num_params, num_samples, prompt_length)
-    if what == 'train':
-        flops = flops_per_token * tokens_each
     result.update(timing.print_matmul_share(times, flops, device, ptdtype))
 if what == 'decode':  # each token needs all the weights once
     num_bytes = num_params * ptdtype.itemsize
@@ -291,10 +292,9 @@ if peak_bytes:
 mfu = 'n/a'
 if what == 'train':
     peak_flops = machine.find_peak_flops(device)
-    result.update(loss=ours().item(), mfu=None)
+    result['mfu'] = flops / dt / peak_flops if peak_flops else None
     mfu = f'n/a (no peak known for this {device_type})'
     if peak_flops:
-        result['mfu'] = model.estimate_mfu(batch_size, dt) * machine.A100_FLOPS / peak_flops
         mfu = f'{100 * result["mfu"]:.2f}%'
 print(f'\ntime per iteration: {1000 * dt:.4f} ms, MFU: {mfu}')
 print(json.dumps(result))

@@ -87,8 +87,8 @@ def generate(start, rows=1, stream=False):
     With stream=True the text of the only row is printed as it is generated.
     """
     idx = torch.tensor([tokenizer.encode(start)] * rows, device=device)
-    steps = inference.stream(model, idx, max_new_tokens, temperature, top_k, top_p,
-                             tokenizer.vocab_size, graphs)
+    steps = busy_note.watch(inference.stream(model, idx, max_new_tokens, temperature, top_k, top_p,
+                                             tokenizer.vocab_size, graphs))
     if not stream:
         steps = tqdm(steps, 'sampling', max_new_tokens, leave=False, disable=None)
     if not stream and not stops:  # text is made at the end, so a GPU never waits for the host
@@ -175,4 +175,3 @@ for first_sample in range(0, num_samples, rows):
             print(json.dumps(dict(prompt=start, text=text, stopped=was_stopped)), flush=True)
             continue
         print('' if is_streamed else start + text + '\n', '-' * 15, sep='', flush=True)
-    busy_note.check()

@@ -221,6 +221,7 @@ def estimate_loss():
                 _, loss = model(X, Y)
             loss_sum += loss * weight
             forget_pages(tokens[split])
+            busy_note.check()
             if distributed.agree(signals.read_requests())[0]:
                 model.train()
                 return None
@@ -374,6 +375,7 @@ while True:
     grad_norm = optimizers.clip_and_step(optimizer, scaler, grad_clip)  # no update if it is NaN
     optimizer.zero_grad(set_to_none=True)
     bad_steps.count(grad_norm)
+    busy_note.check()
 
     # once in a while: a progress line
     if iter_num % log_interval == 0:
@@ -390,7 +392,6 @@ while True:
         say(report.format_iter(iter_num, loss, dt, mfu, config,
                                seconds_left if iter_num > first_iter else None))
         bad_steps.read(iter_num)  # sets streak and total
-        busy_note.check()
         if run_dir:
             run_dir.log(event='iter', iter=iter_num, loss=loss if math.isfinite(loss) else None,
                         ms=1000 * dt, lr=lr, mfu=mfu and 100 * mfu,

@@ -6,17 +6,20 @@ Import it before torch: OpenMP, which runs torch's threads, reads its settings w
 import contextlib
 import glob
 import os
+import platform
 import subprocess
 import sys
 import time
 
 from runtime.console import note
 
+OUTER_ENV = dict(os.environ)  # for commands that don't belong to this project
+
 # At the end of each operation the threads wait for the last one. GNU's OpenMP lets them spin for
 # some 10 ms before they sleep. If another process has the CPU of the last thread, they burn the
-# time that it needs. 20,000 turns, about a millisecond, are as fast on a quiet machine.
-# Other OpenMPs don't read this
-if 'OMP_WAIT_POLICY' not in os.environ:
+# time that it needs. 20,000 turns, about a millisecond on an Intel Xeon, are as fast on a quiet
+# machine. On other kinds of CPUs a turn is much shorter. Other OpenMPs don't read this
+if platform.machine() in ('x86_64', 'AMD64') and 'OMP_WAIT_POLICY' not in os.environ:
     os.environ.setdefault('GOMP_SPINCOUNT', '20000')
 
 CHECK_SECONDS = 5  # between two looks at the waiting times
@@ -24,17 +27,16 @@ MAX_WAITING = 0.25  # the share of their time that threads may wait for a CPU wi
 
 
 def read_times():
-    """Seconds that the threads of this process ran, and that they waited for a CPU, in all.
+    """{thread: (nanoseconds that it ran, nanoseconds that it waited for a CPU)} of this process.
 
-    Both are 0 where the system doesn't tell: only Linux does.
+    It is empty where the system doesn't tell: only Linux does.
     """
-    ran = waited = 0
+    times = {}
     for path in glob.glob('/proc/self/task/*/schedstat'):
         with contextlib.suppress(OSError), open(path) as f:  # the thread may have ended
-            nanoseconds = f.read().split()
-            ran += int(nanoseconds[0])
-            waited += int(nanoseconds[1])
-    return ran / 1e9, waited / 1e9
+            ran, waited, _ = f.read().split()
+            times[path] = int(ran), int(waited)
+    return times
 
 
 class BusyNote:
@@ -46,28 +48,59 @@ class BusyNote:
         self.was_noted = False
 
     def check(self):
-        """Looks at the time since the last look. Most calls cost nothing."""
+        """Looks at the time since the last look, if that was some seconds ago."""
         if self.was_noted or time.monotonic() < self.next_check:
             return
         self.next_check = time.monotonic() + CHECK_SECONDS
         times = read_times()
-        ran, waited = (now - before for now, before in zip(times, self.times))
+        ran = waited = 0
+        for thread, (total_ran, total_waited) in times.items():
+            ran_before, waited_before = self.times.get(thread, (0, 0))
+            ran += total_ran - ran_before
+            waited += total_waited - waited_before
         self.times = times
         if waited > MAX_WAITING * (ran + waited):
-            share = waited / (ran + waited)
-            note(f'this machine is busy: the threads waited for a CPU {100 * share:.0f}% of their '
-                 'time, so this is slower than it could be')
+            note(f'the threads waited for a CPU {100 * waited / (ran + waited):.0f}% of their '
+                 'time, so this is slower than it could be: other programs use this machine, or '
+                 'there are more threads than CPUs')
             self.was_noted = True
+
+    def watch(self, steps):
+        """Yields what steps yields, and checks after each."""
+        for step in steps:
+            yield step
+            self.check()
+
+
+# a process that keeps a core busy until its parent has ended
+HOG = """
+import os, sys
+parent = os.getppid()
+if hasattr(os, 'nice'):
+    os.nice(int(sys.argv[1]))
+print('ready', flush=True)
+while os.getppid() == parent:
+    for _ in range(1_000_000):
+        pass
+"""
 
 
 @contextlib.contextmanager
-def keep_cores_busy(num_cores, niceness):
-    """In this context each core also runs a process of this niceness that never waits."""
-    code = f'import os\nhasattr(os, "nice") and os.nice({niceness})\nwhile True: pass'
-    processes = [subprocess.Popen([sys.executable, '-c', code]) for _ in range(num_cores)]
+def keep_cores_busy(niceness):
+    """In this context each core also runs a process that never waits, nicer by so much."""
+    num_cores = os.cpu_count()
+    if hasattr(os, 'sched_getaffinity'):
+        num_cores = len(os.sched_getaffinity(0))
+    processes = []
     try:
+        for _ in range(num_cores):
+            processes.append(subprocess.Popen(
+                [sys.executable, '-c', HOG, str(niceness)], stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True))
+        for process in processes:
+            process.stdout.readline()
         yield processes
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.communicate()

@@ -1,8 +1,7 @@
 """
 Measures the time of some work, or of two works in turns, and the device's own rates.
 
-Work is a function without arguments that does the work once. If it runs a process, it returns what
-the process printed.
+Work is a function that does the work once. If it runs a process, it returns what that printed.
 """
 import contextlib
 import json
@@ -19,7 +18,7 @@ import torch
 from runtime.console import fail, make_folder
 from runtime.machine import synchronize
 from runtime.memory import read_free_memory
-from runtime.threads import keep_cores_busy
+from runtime.threads import OUTER_ENV, keep_cores_busy
 
 MAX_SECONDS = 20  # for the repetitions of one work; 60 for two in turns
 
@@ -35,7 +34,7 @@ def run_process(command):
 
     def work():
         try:
-            result = subprocess.run(command, capture_output=True, text=True)
+            result = subprocess.run(command, capture_output=True, text=True, env=OUTER_ENV)
         except OSError as e:
             fail(f'{command[0]!r} cannot be run ({e.strerror})',
                  'compare with hf, slices or a command')
@@ -50,7 +49,7 @@ def take_turns(command):
     """run_process() of a command that stays and does the work again and again."""
     pipe = subprocess.PIPE
     try:
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=OUTER_ENV)
     except OSError as e:
         fail(f'{command[0]!r} cannot be run ({e.strerror})')
 
@@ -130,10 +129,7 @@ def start_profiler(out_dir):
 
 
 def print_profile(profiler, device_type, out_dir):
-    """Prints the top operators and where the time goes, and writes the trace to out_dir/trace.json.
-
-    Returns the shares of the time.
-    """
+    """Prints the top operators and the shares of the time, which it returns; writes a trace."""
     profiler.stop()
     trace = os.path.join(out_dir, 'trace.json')
     profiler.export_chrome_trace(trace)
@@ -187,7 +183,10 @@ def unite(events):
 # -----------------------------------------------------------------------------
 # the device's own rates
 def measure_best(work, device):
-    """The seconds of the work, the best of three timings, in each of which short work repeats."""
+    """The seconds of the work, the best of three timings.
+
+    Short work is repeated within each, so that starting it and waiting for it don't count.
+    """
     measure(work, device)
     repeats = max(1, min(200, int(0.1 / measure(work, device))))
     return min(measure(work, device, repeats) for _ in range(3))
@@ -263,14 +262,16 @@ def print_times(times, their_times, tokens):
     return result
 
 
-def print_slowdowns(work, times, device, repeats, tokens, short_works):
-    """Measures the work again, next to processes that keep the cores busy, and compares."""
+def print_slowdowns(work, device, repeats, tokens, short_works):
+    """Measures the work alone, and next to processes that keep the cores busy."""
     result = {}
-    for niceness in (10, 0):
-        with keep_cores_busy(torch.get_num_threads(), niceness):
-            slow_times, = measure_in_turns([work], device, repeats, tokens, short_works)
-        slowdown = statistics.median(slow_times) / statistics.median(times)
-        print_row(f'ms, next to nice {niceness}', [1000 * t for t in slow_times])
+    times_alone, = measure_in_turns([work], device, repeats, tokens, short_works)
+    print_row('ms, alone', [1000 * t for t in times_alone])
+    for niceness in (10, 0) if hasattr(os, 'nice') else (0,):
+        with keep_cores_busy(niceness):
+            times, = measure_in_turns([work], device, repeats, tokens, short_works)
+        slowdown = statistics.median(times) / statistics.median(times_alone)
+        print_row(f'ms, next to nice {niceness}', [1000 * t for t in times])
         print(f'{"times as long":26} {slowdown:25.2f}')
         result[f'slowdown_next_to_nice_{niceness}'] = slowdown
     return result
