@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from model import GPT, GPTConfig
-from runtime import distributed, inference, kernels, optimizers, signals
+from runtime import distributed, inference, kernels, optimizers, signals, threads
 from runtime.dataset import DataOrder, list_eval_batches
 from runtime.shards import check_ids, forget_pages
 
@@ -157,7 +157,7 @@ def make_space(tmp_path, optim, moments_dtype, transfers, **options):
         windows=windows, ctx=contextlib.nullcontext(), block_size=64, batch_size=2, eval_iters=0,
         ddp_rank=0, ddp_world_size=1, master_process=False, seed=1, micro_steps=2, grad_clip=1.0,
         scaler=torch.amp.GradScaler('cuda', enabled=False), lr=1e-3, iter_num=0,
-        bad_steps=optimizers.BadSteps('meta'),
+        bad_steps=optimizers.BadSteps('meta'), busy_note=threads.BusyNote(),
         order=DataOrder('random', 1, 1000, 64, 2, 2))
     functions = functions_of('train.py', *names, **space)
     space = functions[0].__globals__
