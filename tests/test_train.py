@@ -314,7 +314,7 @@ def test_wandb_is_imported_only_when_asked_for():
         with open(os.path.join(ROOT, path), encoding='utf-8') as f:
             code += f.read()
     lines = [line for line in code.splitlines() if 'import wandb' in line]
-    assert len(lines) == 1 and lines[0].startswith('    import wandb')  # in the function that starts it
+    assert len(lines) == 1 and lines[0].startswith('    import wandb')  # within a function
 
 
 def test_resume_takes_its_shape_from_the_checkpoint(trained, char_data):
