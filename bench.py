@@ -13,9 +13,9 @@ command must print JSON with tokens_per_s as its last line, as this script and r
 import dataclasses
 import datetime
 import gc
+import itertools
 import json
 import os
-import platform
 import re
 import shlex
 import statistics
@@ -160,7 +160,7 @@ def get_batch(starts):
 def prepare_data():
     """A batch, drawn and read as train.py does."""
     order = DataOrder('random', seed, len(tokens), block_size, batch_size, 1)
-    iterations = iter(range(sys.maxsize))
+    iterations = itertools.count()
     return lambda: get_batch(order.get_starts(next(iterations), 0))
 
 
@@ -268,7 +268,7 @@ dt = statistics.median(times)
 name = torch.cuda.get_device_name(device) if device_type == 'cuda' else device
 compile = config['compile'] if compile is None else compile and not has_failed()
 result = dict(what=what, compare=compare, device=name, dtype=dtype, compile=compile,
-              torch=torch.__version__, python=platform.python_version(),
+              torch=torch.__version__, python=sys.version.split()[0],
               date=datetime.date.today().isoformat(), optim=optim, moments_dtype=moments_dtype,
               activation_checkpointing=activation_checkpointing, **vars(model.config),
               batch_size=num_samples if is_sampling else batch_size, times=len(times),

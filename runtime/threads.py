@@ -15,10 +15,10 @@ from runtime.console import note
 
 OUTER_ENV = dict(os.environ)  # for commands that don't belong to this project
 
-# At the end of each operation the threads wait for the last one. GNU's OpenMP lets them spin for
-# some 10 ms before they sleep. If another process has the CPU of the last thread, they burn the
-# time that it needs. 20,000 turns, about a millisecond on an Intel Xeon, are as fast on a quiet
-# machine. On other kinds of CPUs a turn is much shorter. Other OpenMPs don't read this
+# At the end of each operation the threads wait for the last one. GNU's OpenMP lets them spin in a
+# long loop before they sleep. If another process has the CPU of the last thread, they burn the time
+# that it needs. With 20,000 turns an Intel Xeon was as fast on a quiet machine; with 10,000 it was
+# 1.6% slower. Only x86: the length of a turn depends on the CPU. Other OpenMPs don't read this
 if platform.machine() in ('x86_64', 'AMD64') and 'OMP_WAIT_POLICY' not in os.environ:
     os.environ.setdefault('GOMP_SPINCOUNT', '20000')
 
