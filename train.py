@@ -53,7 +53,7 @@ gradient_accumulation_steps = 5 * 8  # micro-batches per iteration, of all ranks
 batch_size = 12  # sequences per micro-batch
 block_size = 1024  # tokens per sequence
 short_block_size = 0  # tokens per sequence in the first part of the run; 0: block_size
-short_share = 0.75  # this part's share of lr_decay_iters; https://arxiv.org/abs/2108.06084
+short_share = 0.75  # share of lr_decay_iters with these; https://arxiv.org/abs/2108.06084
 # model
 n_layer = 12  # number of blocks
 n_head = 12  # attention heads in each block
@@ -194,7 +194,7 @@ def get_train_batch(iter_num, micro_step):
     seed_micro_step(iter_num, micro_step, 1)  # for a get_batch that draws
     batch = get_batch('train', order.get_starts(iter_num, micro_step * ddp_world_size + ddp_rank))
     if short_block_size and iter_num < short_share * lr_decay_iters:
-        batch = [part.reshape(-1, short_block_size) for part in batch]  # as many tokens, cut up
+        batch = [part.unflatten(1, (-1, short_block_size)).flatten(0, 1) for part in batch]
     return batch
 
 

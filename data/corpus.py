@@ -8,6 +8,9 @@ import http.client
 import os
 import pickle
 import re
+import string
+import sys
+import sysconfig
 import tempfile
 import time
 import urllib.request
@@ -21,6 +24,10 @@ from runtime.files import fingerprint, flush, read_text, replace
 SHAKESPEARE_URL = (
     'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt')
 SHAKESPEARE_SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+# what read_python() leaves out
+SKIPPED_FOLDERS = {'test', 'tests', 'idle_test', 'idlelib', 'site-packages', 'dist-packages',
+                   'lib2to3', '__pycache__'}
+PRINTABLE = set(string.printable) - set('\r\x0b\x0c')
 
 
 def read_shakespeare(input_file, folder):
@@ -33,6 +40,47 @@ def read_shakespeare(input_file, folder):
         check_writable(folder)
         download(SHAKESPEARE_URL, SHAKESPEARE_SHA256, path)
     return read_text(input_file or path)
+
+
+def read_python(max_bytes, skipped_folders=()):
+    """The files of Python's standard library, as texts of ASCII: {'train': list, 'val': list}.
+
+    It stops after the file that passes max_bytes. It skips SKIPPED_FOLDERS and skipped_folders.
+    """
+    texts = {'train': [], 'val': []}
+    size = 0
+    library = sysconfig.get_paths()['stdlib']
+    for folder, dirs, names in os.walk(library):
+        dirs[:] = [d for d in dirs if d not in {*SKIPPED_FOLDERS, *skipped_folders}
+                   and not d.startswith('config-')]
+        dirs.sort()  # os.walk follows this order, so it is the same on every machine
+        for name in sorted(names):
+            if size > max_bytes or not name.endswith('.py'):
+                continue
+            if name.startswith('_sysconfigdata'):  # it describes this machine
+                continue
+            path = os.path.join(folder, name)
+            try:
+                with open(path, encoding='ascii') as f:  # every line end becomes \n
+                    text = f.read()
+            except UnicodeDecodeError:
+                continue
+            if not text or set(text) - PRINTABLE:
+                continue
+            size += len(text)
+            if not text.endswith('\n'):
+                text += '\n'
+            # the hash of its path puts a whole file into one split: one file in ten is for
+            # validation
+            relative_path = os.path.relpath(path, library).replace(os.sep, '/')
+            digest = hashlib.sha256(relative_path.encode()).hexdigest()
+            split = 'val' if int(digest, 16) % 10 == 0 else 'train'
+            texts[split].append(text)
+    num_files = sum(map(len, texts.values()))
+    num_chars = sum(map(len, texts['train'] + texts['val']))
+    version = sys.version.split()[0]
+    print(f'text: {num_files} files, {num_chars:,} characters of Python {version}')
+    return texts
 
 
 def download(url, sha256, path, tries=3, timeout=30):

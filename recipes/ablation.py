@@ -4,10 +4,10 @@ Measures what each option of the fast recipe is worth: trains without it, with t
     python recipes/ablation.py                      at the recipe's own length
     python recipes/ablation.py --max_iters=1600 --lr_decay_iters=1600 --learning_rate=3e-3
 
-The arguments are train.py's. It needs data/shakespeare_char. Settings are chosen by these losses,
-so they leave the val split alone: the runs train on the first 90% of the train split, and are
-evaluated on the rest of it. It runs wherever train.py does. It prints a table. The last line is
-JSON.
+The arguments are train.py's, except --dataset: it needs data/shakespeare_char. Its losses serve to
+choose settings, so the val split is not used: the runs train on the first 90% of the train split,
+and are evaluated on the rest of it. There are 33 of them. It runs wherever train.py does. It prints
+a table. The last line is JSON.
 """
 import json
 import os
@@ -22,10 +22,10 @@ import numpy as np
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 from plot import read_metrics
 from runtime.console import ROOT
+from runtime.dataset import find_data
 from runtime.meta import read_meta
 
 RECIPE = os.path.join(ROOT, 'config', 'train_shakespeare_char_fast.py')
-DATA = os.path.join(ROOT, 'data', 'shakespeare_char')
 SEEDS = (1337, 1338, 1339)
 VARIANTS = {
     'the recipe': [],
@@ -42,13 +42,13 @@ VARIANTS = {
 }
 
 
-def split_train(folder):
-    """Writes a dataset of the train split: its first 90% for training, the rest for evaluation."""
-    ids = np.fromfile(os.path.join(DATA, 'train.bin'), dtype=np.uint16)
+def split_train(source, folder):
+    """Makes a dataset of the train split: 90% of it for training, the rest for evaluation."""
+    ids = np.fromfile(os.path.join(source, 'train.bin'), dtype=np.uint16)
     border = int(0.9 * len(ids))
     ids[:border].tofile(os.path.join(folder, 'train.bin'))
     ids[border:].tofile(os.path.join(folder, 'val.bin'))
-    meta = read_meta(DATA)
+    meta = read_meta(source)
     with open(os.path.join(folder, 'meta.pkl'), 'wb') as f:
         pickle.dump({key: meta[key] for key in ('vocab_size', 'itos', 'stoi')}, f)
 
@@ -68,11 +68,12 @@ def train(data_dir, *flags):
 if {'-h', '--help'} & set(sys.argv):
     print(__doc__)
     sys.exit()
+source = find_data('shakespeare_char')
 print('| recipe | loss, mean | lowest to highest | worse by |')
 print('| --- | --- | --- | --- |')
 all_losses = {}
 with tempfile.TemporaryDirectory() as data_dir:
-    split_train(data_dir)
+    split_train(source, data_dir)
     for name, flags in VARIANTS.items():
         losses = [train(data_dir, f'--seed={seed}', *flags) for seed in SEEDS]
         all_losses[name] = losses

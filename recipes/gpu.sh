@@ -96,8 +96,8 @@ if wants decode; then
 fi
 char=(config/train_shakespeare_char.py "${flags[@]}" --log_interval=100 "${iters[0]}"
       --out_dir="$folder/run-char" --init_from=scratch)
-fast=(config/train_shakespeare_char_fast.py "${flags[@]}")
-# the fast recipe with the size, the context and the batch of train_shakespeare_char.py
+fast=(config/train_shakespeare_char_quick.py "${flags[@]}")
+# the quick recipe with the size, the context and the batch of train_shakespeare_char.py
 large=(--n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=64 --dropout=0.2
        --eval_interval=100 "${iters[@]:1}")
 if wants char; then

@@ -127,7 +127,7 @@ class Muon(torch.optim.AdamW):
     decay (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
 
     torch.optim.Muon computes the same with adjust_lr_fn='match_rms_adamw'. Here matrices of one
-    shape are one batch, in float32 on CPUs: 6.8 ms for a step of the fast recipe, torch's takes
+    shape are one batch, in float32 on CPUs: 6.8 ms for a step of the quick recipe, torch's takes
     14.7. And weights may be sharded: each rank computes the whole update and applies its part.
     """
     # AdamW's would look for AdamW's moments in all groups

@@ -251,7 +251,7 @@ def find_wrong_shapes(sizes):
         mistakes.append(f'embd_conv={sizes["embd_conv"]} must be below '
                         f'block_size={sizes["block_size"]}')
     short_block_size = sizes.get('short_block_size')
-    if short_block_size and sizes['block_size'] % short_block_size:
+    if short_block_size and sizes.get('block_size', 0) % short_block_size:
         mistakes.append(f'block_size={sizes["block_size"]} is not divisible by {short_block_size=}')
     if {'n_layer', 'n_embd'} <= sizes.keys():
         names = [name for name in ('n_layer', 'n_embd', 'bigrams') if sizes.get(name)]

@@ -21,6 +21,8 @@ import pytest
 from conftest import ROOT, TINY, run, run_here
 
 from runtime.dataset import locate_data
+from runtime.meta import read_meta
+from runtime.tokenizer import get_tokenizer
 
 sys.path.insert(0, os.path.join(ROOT, 'data'))
 import corpus
@@ -189,6 +191,24 @@ def test_python_char(tmp_path):
         with open(module.__file__, encoding='ascii') as f:
             source = f.read()
         assert sum(source in text for text in texts) == 1
+
+
+def test_python_bpe(tmp_path):
+    args = f'--out_dir={tmp_path}', '--max_bytes=1000000', '--vocab_size=300'
+    run('data/python_bpe/prepare.py', *args)
+    tokenizer = get_tokenizer(read_meta(str(tmp_path)))
+    assert tokenizer.vocab_size == 300
+    files = {}
+    for split, ids in zip(('train', 'val'), read_ids(tmp_path)):
+        text = tokenizer.decode(ids.tolist())
+        files[split] = text.split('<|endoftext|>')
+        assert files[split].pop() == ''  # each file has its end
+    num_chars = sum(map(len, files['val']))
+    assert read_meta(str(tmp_path))['val_bytes'] == num_chars
+    with open(argparse.__file__, encoding='ascii') as f:
+        assert f.read() in files['train'] + files['val']
+    err = run_here('data/python_bpe/prepare.py', *args[:2], '--vocab_size=100', ok=False).stderr
+    assert 'vocab_size=100' in err
 
 
 def test_python_char_of_no_bytes(tmp_path):

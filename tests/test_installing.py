@@ -116,6 +116,7 @@ def can_mount():
 @pytest.mark.skipif(not can_mount(), reason='needs unshare to make a folder read-only')
 @pytest.mark.parametrize('script, args', [
     ('text', '--input=README.md --name=x'), ('python_char', '--max_bytes=300000'),
+    ('python_bpe', '--max_bytes=300000'),
     ('shakespeare_char', ''), ('shakespeare_char', '--input=README.md'),
     ('fineweb_edu', '--input=README.md')])
 def test_a_checkout_that_is_only_for_reading(tmp_path, script, args):

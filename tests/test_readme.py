@@ -16,8 +16,9 @@ PAGES = ['README.md', 'CONTRIBUTING.md', *sorted(
 # people and machines run these two lines exactly as they are
 SET_UP = [
     'python3 -m venv .venv && . .venv/bin/activate && pip install -q -r requirements.txt && '
-    'python data/python_char/prepare.py && python train.py config/train_python_char.py && '
-    'python sample.py --out_dir=out-python-char --start="def " --num_samples=1 --temperature=0.7',
+    'python data/python_bpe/prepare.py && python train.py config/train_python_bpe.py && '
+    'python sample.py --out_dir=out-python-bpe --start="class Parser:" --num_samples=1 '
+    '--temperature=0.7',
     'python3 -m venv .venv && .venv/bin/pip install -q -r requirements-dev.txt && '
     '.venv/bin/python -m pytest']
 

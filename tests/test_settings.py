@@ -10,7 +10,8 @@ from runtime import ranges, settings
 
 SCRIPTS = ['train.py', 'sample.py', 'bench.py', 'convert.py', 'plot.py', *(
     f'data/{name}/prepare.py'
-    for name in ('shakespeare_char', 'shakespeare', 'python_char', 'openwebtext', 'text'))]
+    for name in ('shakespeare_char', 'shakespeare', 'python_char', 'python_bpe', 'openwebtext',
+                 'text'))]
 
 
 # -----------------------------------------------------------------------------
