@@ -180,8 +180,9 @@ def test_lines_people_parse(char_data, tmp_path):
 
 def test_max_iters_0_evaluates_saves_and_exits(char_data, tmp_path):
     out = run('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={tmp_path}',
-              '--max_iters=0').stdout
+              '--max_iters=0', '--short_block_size=8', '--short_share=0.105').stdout
     assert 'step 0: train loss' in out and 'iter 0' not in out
+    assert 'the first 11 iterations cut each sequence into pieces of 8 tokens' in out
     assert torch.load(tmp_path / 'ckpt.pt', weights_only=True)['iter_num'] == 0
 
 
