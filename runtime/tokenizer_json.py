@@ -47,6 +47,13 @@ def make_bytes():
     return format_json(tokenizer)
 
 
+def check_bpe_size(vocab_size):
+    """Fails if these are too few tokens for train_bpe()."""
+    if vocab_size < 257:
+        fail(f'vocab_size={vocab_size} is less than 257',
+             'BPE needs 256 bytes and the end of a text')
+
+
 def train_bpe(texts, vocab_size, show_progress=False):
     """The text of a tokenizer.json whose BPE was trained on texts.
 

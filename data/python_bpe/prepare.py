@@ -12,7 +12,7 @@ sys.path.insert(0, os.path.dirname(sys.path[0]))  # the repository's root
 import corpus
 
 from runtime import settings, tokenizer_json
-from runtime.console import ROOT, fail
+from runtime.console import ROOT
 from runtime.meta import make_tokenizer_meta
 from runtime.tokenizer import get_tokenizer
 
@@ -24,8 +24,7 @@ exec(open(os.path.join(ROOT, 'configurator.py'), encoding='utf-8').read())
 
 start_time = time.time()
 settings.check(config)
-if vocab_size < 257:
-    fail(f'vocab_size={vocab_size} is less than 257', 'BPE needs 256 bytes and the end of a text')
+tokenizer_json.check_bpe_size(vocab_size)
 texts = corpus.read_python(max_bytes, ['encodings'])  # tables of characters, not code
 tokenizer_text = tokenizer_json.train_bpe(texts['train'], vocab_size, sys.stderr.isatty())
 meta = make_tokenizer_meta(tokenizer_text, 'the new tokenizer')

@@ -99,8 +99,8 @@ if vocabulary and vocab_size != 8192:
     fail('--vocab_size has no effect with --vocabulary', 'leave out one of them')
 if tokenizer != 'bpe' and vocab_size != 8192:
     fail(f'--vocab_size has no effect with tokenizer={tokenizer!r}', 'use --tokenizer=bpe')
-if tokenizer == 'bpe' and vocab_size < 257:
-    fail(f'vocab_size={vocab_size} is less than 257', 'BPE needs 256 bytes and the end of a text')
+if tokenizer == 'bpe':
+    tokenizer_json.check_bpe_size(vocab_size)
 if not out_dir:
     if os.path.basename(name) != name or name in (os.curdir, os.pardir):
         fail(f'name={name!r} cannot be the name of a folder', 'use a name such as mybook')
