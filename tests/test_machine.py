@@ -33,6 +33,18 @@ def test_dtype_by_cpu(monkeypatch, amx, avx512, vendor, training, sampling):
     assert machine.choose_dtype('auto', 'cpu', sampling=True)[0] == sampling
 
 
+def test_training_replaces_denormal_numbers_by_zero():
+    # arithmetic with them is slow. Each thread has this setting, so the tensor is one for both
+    prepare = 'machine.prepare_training("cpu", False, "ddp")'
+    for call, is_zero in (('', False), (prepare, True)):
+        program = ('import torch\nfrom runtime import machine\n'
+                   f'{call}\nhalves = 0.5 * torch.full((2 ** 20,), 1e-39)\n'
+                   'print((halves == 0).float().mean().item())')
+        env = {**os.environ, 'OMP_NUM_THREADS': '2'}
+        out = subprocess.check_output([sys.executable, '-c', program], cwd=ROOT, text=True, env=env)
+        assert float(out) == is_zero
+
+
 def test_devices(capsys):
     assert machine.choose_device('cpu', 3)[0] == 'cpu'
     assert 'True' in expect_error(capsys, machine.choose_device, True)
