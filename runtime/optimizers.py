@@ -13,11 +13,11 @@ from runtime.console import fail, warn
 from runtime.distributed import full_tensor, get_local_optimizer, local_tensor, shard_like
 
 
-def specialize(optimizer, optim, moments_dtype, momentum, model):
+def specialize(optimizer, optim, moments_dtype, momentum, model, dtype='float32'):
     """The optimizer that the settings ask for, with the parameter groups of this AdamW.
 
     muon takes the matrices of the model's blocks out of their groups, into a group with a
-    momentum. Returns the optimizer itself for adamw with moments in float32.
+    momentum. dtype is the run's. Returns the optimizer itself for adamw with moments in float32.
     """
     if optim == 'adamw' and moments_dtype == 'float32':
         return optimizer
@@ -40,9 +40,10 @@ def specialize(optimizer, optim, moments_dtype, momentum, model):
                 muon_groups.append({**group, 'params': group_matrices, 'momentum': momentum})
                 group['params'] = [p for p in group['params'] if p not in matrices]
         groups += muon_groups
-    cls = Muon if optim == 'muon' else LowMemoryAdamW
     try:
-        return cls(groups, **options)
+        if optim == 'muon':
+            return Muon(groups, dtype, **options)
+        return LowMemoryAdamW(groups, **options)
     except ValueError as e:
         fail(str(e), 'change configure_optimizers in model.py')
 
@@ -127,14 +128,17 @@ class Muon(torch.optim.AdamW):
     decay (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
 
     torch.optim.Muon computes the same with adjust_lr_fn='match_rms_adamw'. Here matrices of one
-    shape are one batch, in float32 on CPUs: 6.8 ms for a step of the quick recipe, torch's takes
-    14.7. And weights may be sharded: each rank computes the whole update and applies its part.
+    shape are one batch, in the run's dtype on CPUs: in float32 a step of the quick recipe takes 6.8
+    ms, torch's 14.7. And weights may be sharded: each rank computes the whole update and applies
+    its part.
     """
     # AdamW's would look for AdamW's moments in all groups
     __setstate__ = torch.optim.Optimizer.__setstate__
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
+    def __init__(self, params, dtype='float32', lr=1e-3, betas=(0.9, 0.95), eps=1e-8,
+                 weight_decay=0.1):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        self.defaults['dtype'] = dtype  # other attributes are lost when an optimizer is copied
 
     def add_param_group(self, group):
         super().add_param_group(group)
@@ -182,18 +186,20 @@ class Muon(torch.optim.AdamW):
             local_tensor(p).mul_(decay)
             p.grad = None  # so that AdamW's step leaves this parameter out
         updates.masked_fill_(is_bad, 0.0)
-        for p, update in zip(params, orthogonalize(updates)):
+        # in bfloat16 the steps correct their own rounding
+        is_exact = device.type == 'cpu' and self.defaults['dtype'] != 'bfloat16'
+        dtype = torch.float32 if is_exact else torch.bfloat16
+        for p, update in zip(params, orthogonalize(updates, dtype)):
             update = update if p.shape == shape else update.t()
             p.add_(shard_like(update, p), alpha=-lr * 0.2 * math.sqrt(shape[1]))
 
 
-def orthogonalize(x):
+def orthogonalize(x, dtype=torch.float32):
     """Matrices (n, R, C), R <= C, with singular values near 1 (0.7 to 1.2).
 
-    It takes five Newton-Schulz steps, whose numbers are those of the Muon post.
+    It takes five Newton-Schulz steps in this dtype. Their numbers are those of the Muon post.
     """
-    # in bfloat16 where that is fast: the steps correct their own rounding
-    y = x.float() if x.device.type == 'cpu' else x.bfloat16()
+    y = x.to(dtype)
     y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         a = y @ y.mT

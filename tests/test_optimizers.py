@@ -247,6 +247,22 @@ def test_orthogonalize():
     assert (orthogonalize(torch.zeros(1, 4, 4)) == 0).all()
 
 
+def test_muon_multiplies_in_the_dtype_of_the_run():
+    weights = {}
+    for dtype in ('float32', 'bfloat16', 'float16'):
+        model = make_model()
+        adamw = model.configure_optimizers(0.1, 1e-2, (0.8, 0.95), 'cpu')
+        optimizer = specialize(adamw, 'muon', 'float32', 0.9, model, dtype)
+        weights[dtype] = update(model, optimizer)
+    for (name, p), wide, narrow, half in zip(make_model().named_parameters(), *weights.values()):
+        assert torch.equal(half, wide)  # tiny numbers are zero in float16
+        change = (wide - narrow).norm() / (wide - p).norm()
+        if '.h.' in name and p.dim() == 2:
+            assert 0 < change < 0.03
+        else:
+            assert change == 0
+
+
 def test_muon_can_be_copied():
     model = make_model()
     optimizer = make_optimizer(model, optim='muon')
