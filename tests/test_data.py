@@ -209,6 +209,9 @@ def test_python_bpe(tmp_path):
         assert f.read() in files['train'] + files['val']
     err = run_here('data/python_bpe/prepare.py', *args[:2], '--vocab_size=100', ok=False).stderr
     assert 'vocab_size=100' in err
+    err = run_here('data/python_bpe/prepare.py', f'--out_dir={tmp_path}', '--max_bytes=1000',
+                   ok=False).stderr
+    assert '0 validation tokens' in err  # one file
 
 
 def test_python_char_of_no_bytes(tmp_path):

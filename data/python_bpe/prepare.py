@@ -33,7 +33,7 @@ tokenizer = get_tokenizer(meta)
 end_id = meta['vocab_size'] - 1  # of <|endoftext|>, after each file
 ids = {}
 for split in texts:
-    ids[split] = np.concatenate([[*file_ids, end_id]
-                                 for file_ids in tokenizer.encode_batch(texts[split])])
+    rows = [[*file_ids, end_id] for file_ids in tokenizer.encode_batch(texts[split])]
+    ids[split] = np.concatenate(rows) if rows else []
 corpus.write_splits(out_dir or os.path.dirname(os.path.abspath(__file__)), ids['train'], ids['val'],
                     meta, start_time, 'config/train_python_bpe.py', dataset=out_dir)
