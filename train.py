@@ -1,7 +1,7 @@
 r"""
 Trains a GPT from scratch, resumes a run, or finetunes GPT-2.
 
-One GPU, CPU or Mac:      python train.py config/train_python_char.py
+One GPU, CPU or Mac:      python train.py config/train_python_bpe.py
 8 GPUs of one machine:    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 2 machines of 8 GPUs:     run this on both, with --node_rank=1 on the second one
     torchrun --nnodes=2 --nproc_per_node=8 --node_rank=0 --master_addr=10.0.0.1 \

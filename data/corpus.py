@@ -93,7 +93,7 @@ def download(url, sha256, path, tries=3, timeout=30):
             if attempt == tries - 1:
                 fail(f'{url} could not be downloaded ({e})',
                      f'without a network, save the file as {path}, name it with --input=FILE, or '
-                     'use the dataset that needs no download: python data/python_char/prepare.py')
+                     'use the dataset that needs no download: python data/python_bpe/prepare.py')
             time.sleep(2 ** attempt)
     digest = hashlib.sha256(content).hexdigest()
     if digest != sha256:

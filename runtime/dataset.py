@@ -55,8 +55,8 @@ def find_data(name):
         description = ast.get_docstring(ast.parse(f.read())) or 'no description'
     fail(f'dataset {name} is not prepared ({description.splitlines()[0]})',
          f'prepare it: {format_script(prepare)}  or start small, without a download: '
-         f'{format_script("data/python_char/prepare.py")} && '
-         f'{format_script("train.py", "config/train_python_char.py")}')
+         f'{format_script("data/python_bpe/prepare.py")} && '
+         f'{format_script("train.py", "config/train_python_bpe.py")}')
 
 
 def check_splits(name):

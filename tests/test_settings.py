@@ -21,7 +21,7 @@ def test_without_arguments_it_says_what_to_do(tmp_path):
         pytest.skip('openwebtext is prepared here: python train.py would train on it')
     err = run('train.py', ok=False, cwd=tmp_path).stderr
     assert 'openwebtext is not prepared' in err and '54 GB' in err
-    assert 'data/openwebtext/prepare.py' in err and 'config/train_python_char.py' in err
+    assert 'data/openwebtext/prepare.py' in err and 'config/train_python_bpe.py' in err
     assert not os.listdir(tmp_path)
 
 

@@ -50,7 +50,7 @@ def load_documents():
             fail(f'OpenWebText could not be fetched from the Hugging Face hub '
                  f'({type(e).__name__})',
                  'without a network, name files of your own with --input=GLOB, or use the '
-                 'dataset that needs no download: python data/python_char/prepare.py')
+                 'dataset that needs no download: python data/python_bpe/prepare.py')
     files = sorted(glob.glob(input, recursive=True))
     kinds = sorted({os.path.splitext(f.removesuffix('.gz'))[1] for f in files})
     if len(kinds) != 1 or kinds[0] not in BUILDERS:
