@@ -169,7 +169,7 @@ def test_openwebtext_of_two_documents(tmp_path, bpe):
 
 def test_openwebtext_without_a_network(tmp_path, bpe):
     err = openwebtext(tmp_path, ok=False).stderr
-    assert '--input=GLOB' in err and 'python_char' in err
+    assert '--input=GLOB' in err and 'python_bpe' in err
 
 
 # -----------------------------------------------------------------------------
@@ -341,7 +341,7 @@ def test_downloads_are_tried_again_checked_and_complete(tmp_path, capsys):
     with pytest.raises(SystemExit):
         corpus.download(url, '0' * 64, str(path), tries=1)  # the server has ended
     err = capsys.readouterr().err
-    for part in ('could not be downloaded', 'input.txt', 'python_char'):
+    for part in ('could not be downloaded', 'input.txt', 'python_bpe'):
         assert part in err
     assert not os.listdir(tmp_path)
 
