@@ -186,6 +186,7 @@ def run_here(script, *args, ok=True, cwd=ROOT):
     finally:
         sys.argv = argv
         os.chdir(folder)
+        torch.set_flush_denormal(False)  # train.py sets it; hypothesis refuses to work with it
     result = subprocess.CompletedProcess([script, *args], code, out.getvalue(), err.getvalue())
     return check_result(result, ok)
 
