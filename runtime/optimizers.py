@@ -42,7 +42,7 @@ def specialize(optimizer, optim, moments_dtype, momentum, model, dtype='float32'
         groups += muon_groups
     try:
         if optim == 'muon':
-            return Muon(groups, dtype, **options)
+            return Muon(groups, **options, dtype=dtype)
         return LowMemoryAdamW(groups, **options)
     except ValueError as e:
         fail(str(e), 'change configure_optimizers in model.py')
@@ -135,8 +135,8 @@ class Muon(torch.optim.AdamW):
     # AdamW's would look for AdamW's moments in all groups
     __setstate__ = torch.optim.Optimizer.__setstate__
 
-    def __init__(self, params, dtype='float32', lr=1e-3, betas=(0.9, 0.95), eps=1e-8,
-                 weight_decay=0.1):
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
+                 dtype='float32'):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         self.defaults['dtype'] = dtype  # other attributes are lost when an optimizer is copied
 

@@ -34,7 +34,7 @@ def test_dtype_by_cpu(monkeypatch, amx, avx512, vendor, training, sampling):
 
 
 def test_training_replaces_denormal_numbers_by_zero():
-    # arithmetic with them is slow. Each thread has this setting, so the tensor is one for both
+    # the tensor is so large that two threads work on it, and each of them needs the setting
     prepare = 'machine.prepare_training("cpu", False, "ddp")'
     for call, is_zero in (('', False), (prepare, True)):
         program = ('import torch\nfrom runtime import machine\n'
