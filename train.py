@@ -52,8 +52,6 @@ data_order = 'random'  # random (any sequences) | epochs (each token once per ep
 gradient_accumulation_steps = 5 * 8  # micro-batches per iteration, of all ranks together
 batch_size = 12  # sequences per micro-batch
 block_size = 1024  # tokens per sequence
-short_block_size = 0  # tokens per sequence in the first part of the run; 0: block_size
-short_share = 0.75  # share of lr_decay_iters with these; https://arxiv.org/abs/2108.06084
 # model
 n_layer = 12  # number of blocks
 n_head = 12  # attention heads in each block
@@ -192,10 +190,7 @@ def get_batch(split, starts):
 def get_train_batch(iter_num, micro_step):
     """The batch of this rank in a micro-step. It depends only on the seed and these numbers."""
     seed_micro_step(iter_num, micro_step, 1)  # for a get_batch that draws
-    batch = get_batch('train', order.get_starts(iter_num, micro_step * ddp_world_size + ddp_rank))
-    if short_block_size and iter_num < short_share * lr_decay_iters:
-        batch = [part.unflatten(1, (-1, short_block_size)).flatten(0, 1) for part in batch]
-    return batch
+    return get_batch('train', order.get_starts(iter_num, micro_step * ddp_world_size + ddp_rank))
 
 
 def seed_micro_step(iter_num, micro_step, part=0):

@@ -11,7 +11,6 @@ data_order = 'epochs'
 gradient_accumulation_steps = 1
 batch_size = 8
 block_size = 256  # 8 x 256 = 2,048 tokens/iter: the run sees 0.8 epochs
-short_block_size = 64  # for three quarters of the run: less attention
 
 # 2.75M parameters, 2.1M of them in the table of pairs. In the same time 3 layers see fewer tokens,
 # and their loss is higher

@@ -11,7 +11,6 @@ data_order = 'epochs'
 gradient_accumulation_steps = 1
 batch_size = 8
 block_size = 256  # 8 x 256 = 2,048 tokens/iter: the run sees 4.1 epochs
-short_block_size = 64  # for three quarters of the run: less attention
 
 # 0.96M parameters, more than half of them in the table of pairs. In the same time 3 or 4 layers see
 # fewer tokens, and their loss is higher

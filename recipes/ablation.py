@@ -38,7 +38,6 @@ VARIANTS = {
     'no convolution of embeddings': ['--embd_conv=0'],
     'cosine instead of WSD': ['--lr_schedule=cosine'],
     'random sequences instead of epochs': ['--data_order=random'],
-    'sequences of full length throughout': ['--short_block_size=0'],
 }
 
 

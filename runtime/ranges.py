@@ -19,7 +19,7 @@ DESCRIPTIONS = {
 }
 # what None means for a number: the value that switches the setting off
 NONE_MEANS = dict(top_k=0, grad_clip=0, save_interval=0, dropout=0, top_p=1, rope_base=0, bigrams=0,
-                  embd_conv=0, short_block_size=0)
+                  embd_conv=0)
 # what float('inf') means for a number: no limit, or never
 INFINITY_MEANS = dict(top_k=0, grad_clip=0, save_interval=0, max_iters=10 ** 18,
                       lr_decay_iters=10 ** 18, eval_interval=10 ** 18, log_interval=10 ** 18,
@@ -35,10 +35,9 @@ RANGES = (
     ('at least 0', lambda v: v >= 0, (
         'max_iters', 'warmup_iters', 'lr_decay_iters', 'save_interval', 'eval_iters', 'bigrams',
         'weight_decay', 'grad_clip', 'learning_rate', 'min_lr', 'rope_base', 'embd_conv',
-        'max_new_tokens', 'top_k', 'temperature', 'num_proc', 'num_threads', 'short_block_size')),
+        'max_new_tokens', 'top_k', 'temperature', 'num_proc', 'num_threads')),
     ('at least 0 and below 2**64', lambda v: 0 <= v < 2 ** 64, ('seed',)),
     ('at least 0 and below 1', lambda v: 0 <= v < 1, ('dropout', 'beta1', 'beta2', 'momentum')),
-    ('from 0 to 1', lambda v: 0 <= v <= 1, ('short_share',)),
     ('above 0 and below 1', lambda v: 0 < v < 1, ('val_share',)),
     ('above 0 and at most 1', lambda v: 0 < v <= 1, ('top_p', 'decay_share')),
     # sizes beyond these are slips. They would fill the memory before a message could come
@@ -250,9 +249,6 @@ def find_wrong_shapes(sizes):
     if sizes.get('embd_conv', 0) >= sizes.get('block_size', math.inf):
         mistakes.append(f'embd_conv={sizes["embd_conv"]} must be below '
                         f'block_size={sizes["block_size"]}')
-    short_block_size = sizes.get('short_block_size')
-    if short_block_size and sizes.get('block_size', 0) % short_block_size:
-        mistakes.append(f'block_size={sizes["block_size"]} is not divisible by {short_block_size=}')
     if {'n_layer', 'n_embd'} <= sizes.keys():
         names = [name for name in ('n_layer', 'n_embd', 'bigrams') if sizes.get(name)]
         num_params = 12 * sizes['n_layer'] * sizes['n_embd'] ** 2

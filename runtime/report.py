@@ -70,10 +70,6 @@ def print_data(data_dir, meta, tokens, config, ranks):
                          for n, noun, plural in factors)
     say(f'tokens per iteration will be: {tokens_per_iter:,} = {product}; '
         f'{config["max_iters"]} iterations read the train tokens {passes:.2f} times')
-    if config['short_block_size'] and not config['eval_only']:
-        num_short_iters = math.ceil(config['short_share'] * config['lr_decay_iters'])
-        say(f'the first {num_short_iters:,} iterations cut each sequence into pieces of '
-            f'{config["short_block_size"]} tokens')
     if passes > MAX_PASSES and not config['eval_only']:
         advice = 'ckpt.pt keeps the weights with the best val loss'
         if config['always_save_checkpoint']:

@@ -30,8 +30,7 @@ TINY = ['--device=cpu', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_emb
 
 # all that config/train_shakespeare_char_fast.py turns on; 60 rows are too few for all pairs
 FAST = ['--rope_base=100', '--qk_norm=True', '--relu2=True', '--tied=False', '--bigrams=60',
-        '--embd_conv=2', '--optim=muon', '--lr_schedule=wsd', '--data_order=epochs',
-        '--short_block_size=8', '--short_share=0.07']
+        '--embd_conv=2', '--optim=muon', '--lr_schedule=wsd', '--data_order=epochs']
 
 
 # prints the peak of this process's memory in KiB, on Linux. ru_maxrss would be at least that of the

@@ -156,7 +156,6 @@ def make_space(tmp_path, optim, moments_dtype, transfers, **options):
         model=model, raw_model=model, optimizer=optimizer, device='meta', tokens=tokens,
         windows=windows, ctx=contextlib.nullcontext(), block_size=64, batch_size=2, eval_iters=0,
         ddp_rank=0, ddp_world_size=1, master_process=False, seed=1, micro_steps=2, grad_clip=1.0,
-        short_block_size=0,
         scaler=torch.amp.GradScaler('cuda', enabled=False), lr=1e-3, iter_num=0,
         bad_steps=optimizers.BadSteps('meta'), busy_note=threads.BusyNote(),
         order=DataOrder('random', 1, 1000, 64, 2, 2))

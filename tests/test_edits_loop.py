@@ -35,7 +35,8 @@ STATE = "iter_num = state.get('iter_num', 0)\n"
 GET_BATCH = 'def get_batch(split, starts):\n'
 ROWS = '    rows = windows[split][starts]  # (B, T + 1), in one read\n'
 RETURN_BATCH = "    return rows[:, :-1], rows[:, 1:].clone()  # X and Y don't share memory\n"
-TRAIN_BATCH = '    return batch\n'
+TRAIN_BATCH = ("    return get_batch('train', order.get_starts(iter_num, micro_step * "
+               'ddp_world_size + ddp_rank))\n')
 EVAL_LOSS = '                _, loss = model(X, Y)\n            loss_sum += loss * weight\n'
 SCHEDULE = '    if it < warmup_iters:\n'
 SAVE = '    if scaler.is_enabled():\n'

@@ -75,9 +75,7 @@ RANGES = {'--n_layer=0': 'n_layer=0 must be at least 1',
           '--dropout=1.5': 'dropout=1.5 must be at least 0 and below 1',
           '--parallel=all': "parallel='all' is not known (use ddp, zero1 or fsdp)",
           '--n_embd=30': 'n_embd=30 is not divisible by n_head=12 (try --n_embd=24)',
-          '--decay_share=0': 'decay_share=0.0 must be above 0 and at most 1',
-          '--short_share=2': 'short_share=2.0 must be from 0 to 1',
-          '--short_block_size=100': 'block_size=1024 is not divisible by short_block_size=100'}
+          '--decay_share=0': 'decay_share=0.0 must be above 0 and at most 1'}
 
 
 def list_mistakes(err):

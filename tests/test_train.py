@@ -56,7 +56,7 @@ def test_wsd_warms_up_stays_and_decays():
 
 
 def batches(data, world_size=1, rank=0, accumulation=4, batch_size=3, block_size=8, seed=1337,
-            data_order='random', iterations=range(200), short_block_size=0):
+            data_order='random', iterations=range(200)):
     """The micro-batches of train.py as {(iter_num, micro_step): (X, Y)} over data."""
     class raw_model:
         class config:
@@ -69,19 +69,9 @@ def batches(data, world_size=1, rank=0, accumulation=4, batch_size=3, block_size
         seed=seed, os=os, check_ids=check_ids, check_mapped_file=lambda tokens: None, order=order,
         tokens={'train': data},
         move_to_device=move_to_device, windows=windows, data_dir='', raw_model=raw_model,
-        device='cpu', ddp_world_size=world_size, ddp_rank=rank, lr_decay_iters=10, short_share=0.25,
-        short_block_size=short_block_size)
+        device='cpu', ddp_world_size=world_size, ddp_rank=rank)
     return {(it, m): get_train_batch(it, m)
             for it in iterations for m in range(accumulation // world_size)}
-
-
-def test_short_sequences_have_the_same_tokens():
-    data = np.arange(100, dtype=np.uint16)
-    uncut, cut = batches(data), batches(data, short_block_size=4)
-    for (it, m), batch in uncut.items():
-        shape = (6, 4) if it < 3 else (3, 8)  # the first quarter of 10 iterations, and its end
-        for part, cut_part in zip(batch, cut[it, m], strict=True):
-            assert cut_part.shape == shape and torch.equal(cut_part.flatten(), part.flatten())
 
 
 @pytest.mark.parametrize('data_order', ['random', 'epochs'])
@@ -180,9 +170,8 @@ def test_lines_people_parse(char_data, tmp_path):
 
 def test_max_iters_0_evaluates_saves_and_exits(char_data, tmp_path):
     out = run('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={tmp_path}',
-              '--max_iters=0', '--short_block_size=8', '--short_share=0.105').stdout
+              '--max_iters=0').stdout
     assert 'step 0: train loss' in out and 'iter 0' not in out
-    assert 'the first 11 iterations cut each sequence into pieces of 8 tokens' in out
     assert torch.load(tmp_path / 'ckpt.pt', weights_only=True)['iter_num'] == 0
 
 
