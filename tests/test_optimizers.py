@@ -243,25 +243,21 @@ def test_orthogonalize():
     values = left.mT @ y @ right.mT  # diagonal, because the singular vectors are the same
     diagonal = values.diagonal(dim1=1, dim2=2)
     assert ((0.6 < diagonal) & (diagonal < 1.3)).all()
-    assert (values - torch.diag_embed(diagonal)).abs().max() < 1e-4
+    # the smallest ones are squared to 1e-5, of which float32 keeps two digits
+    assert (values - torch.diag_embed(diagonal)).abs().max() < 1e-3
     assert (orthogonalize(torch.zeros(1, 4, 4)) == 0).all()
 
 
-def test_muon_multiplies_in_the_dtype_of_the_run():
-    weights = {}
-    for dtype in ('float32', 'bfloat16', 'float16'):
-        model = make_model()
-        adamw = model.configure_optimizers(0.1, 1e-2, (0.8, 0.95), 'cpu')
-        optimizer = specialize(adamw, 'muon', 'float32', 0.9, model, dtype)
-        weights[dtype] = update(model, optimizer)
-    for i, (name, p) in enumerate(make_model().named_parameters()):
-        expected = weights['float32'][i]
-        assert torch.equal(weights['float16'][i], expected)  # tiny numbers are zero in float16
-        change = (weights['bfloat16'][i] - expected).norm() / (expected - p).norm()
-        if '.h.' in name and p.dim() == 2:
-            assert 0 < change < 0.03
-        else:
-            assert change == 0
+def test_orthogonalize_keeps_small_singular_values_apart():
+    """On a CPU only x @ x.T is multiplied, where a singular value of 1e-3 is 1e-6."""
+    torch.manual_seed(0)
+    left, _, right = torch.linalg.svd(torch.randn(2, 30, 40), full_matrices=False)
+    x = left @ torch.logspace(0, -5, 30).diag() @ right
+    y = x.double() / x.double().norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):
+        a = y @ y.mT
+        y = 3.4445 * y - 4.7750 * a @ y + 2.0315 * a @ a @ y
+    assert (orthogonalize(x) - y).abs().max() < 1e-3 * y.abs().max()
 
 
 def test_muon_can_be_copied():
