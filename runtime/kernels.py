@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from runtime import compiler
+from runtime.attention import MAX_DROPOUT, Attention, draw_mask
 from runtime.console import note
 from runtime.cross_entropy import LossHead
-from runtime.originals import is_fast, is_original_model, is_torchs, is_unchanged
+from runtime.originals import is_fast, is_original_model, is_torchs, is_unchanged, was_unchanged
 
 # where model.py has a part with a faster form, by the name of the attribute
 PLACES = {'loss_head': 'LossHead', 'attention': 'Attention'}
@@ -67,11 +68,6 @@ def accelerate(model, device_type, dtype):
 def is_stateless(part):
     """Whether nobody has given this part weights or other attributes."""
     return not part.state_dict() and vars(part).keys() == vars(nn.Module()).keys()
-
-
-def was_unchanged(part, kind):
-    """is_unchanged() for a part that was replaced: somebody may have changed its class since."""
-    return torch.compiler.is_compiling() or is_unchanged(part, kind)
 
 
 @contextlib.contextmanager
@@ -131,20 +127,6 @@ def measure_dropout_rate(p, config, device_type, dtype):
 
 # -----------------------------------------------------------------------------
 # parts of the model
-MAX_DROPOUT = 0.99  # with a higher rate the bits of draw_mask() would be too few
-
-
-def draw_mask(x, p):
-    """For dropout on a CPU: 0 with probability p (to 2**-16), else 1, in the shape and type of x.
-
-    F.dropout draws one number per element, in 9 ns. Here 64 random bits serve four elements, in
-    1 ns each.
-    """
-    bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-2 ** 63, None)
-    numbers = bits.view(torch.int16)[:x.numel()].view(x.size())  # -2**15 to 2**15 - 1
-    return (numbers >= round(p * 2 ** 16) - 2 ** 15).to(x.dtype)
-
-
 class Dropout(nn.Dropout):
     """nn.Dropout, with fewer random bits on a CPU. Srivastava et al. 2014"""
 
@@ -174,39 +156,8 @@ class EmbeddingDropout(Dropout):
         return x
 
 
-class Attention(nn.Module):
-    """Causal attention that materializes the (T, T) matrix where that is faster on a CPU.
-
-    F.scaled_dot_product_attention has no fast path there with dropout (T=256, forward and
-    backward: 436 ms, here 228), and its backward pass is slow in bfloat16 (T=64: 2.9 ms, here 0.4;
-    T=1024: 135 ms, here 84).
-    """
-
-    def __init__(self, attention):
-        super().__init__()
-        self.plain = attention
-
-    def forward(self, q, k, v, dropout, flash):
-        B, nh, T, hs = q.size()
-        is_known = flash and type(dropout) is nn.Dropout and q.shape == k.shape == v.shape
-        dropout_p = dropout.p if is_known and dropout.training else 0.0
-        is_known = is_known and dropout_p <= MAX_DROPOUT
-        is_slow = dropout_p or T <= 1024 and q.dtype == torch.bfloat16 and q.requires_grad
-        if (q.device.type != 'cpu' or not is_slow or not is_known
-                or not was_unchanged(self.plain, 'Attention')):
-            return self.plain(q, k, v, dropout, flash)
-        mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
-        q, k, v = (z.flatten(0, 1) for z in (q, k, v))  # (B * nh, T, hs)
-        att = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=hs ** -0.5)
-        att = att.softmax(dim=-1)  # (B * nh, T, T)
-        if dropout_p:
-            att = att * draw_mask(att, dropout_p)
-            v = v * (1 / (1 - dropout_p))
-        return torch.bmm(att, v).view(B, nh, T, hs)
-
-
 class SquaredReLUFunction(torch.autograd.Function):
-    """F.relu(x).square(), whose backward pass reads the tensor twice instead of four times."""
+    """F.relu(x).square(), whose backward pass reads the tensor once instead of four times."""
 
     @staticmethod
     def forward(ctx, x):
@@ -219,7 +170,8 @@ class SquaredReLUFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError('the faster squared ReLU has no second derivative: '
                                'do not call kernels.accelerate() for this')
-        return (grad * ctx.saved_tensors[0]).mul_(2)
+        relu, = ctx.saved_tensors
+        return torch.addcmul(relu.new_zeros(()), grad, relu, value=2)  # 2 grad relu in one pass
 
 
 class SquaredReLU(nn.Module):

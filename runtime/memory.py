@@ -37,7 +37,7 @@ def estimate_training_bytes(config, num_params, optimizer_bytes, batch_size, dty
     if device_type == 'cpu' and config.dropout:
         layer_bytes += 4 * (config.n_head * config.block_size + config.n_embd) * 2 * width
     elif device_type == 'cpu' and dtype == 'bfloat16' and config.block_size <= 1024:
-        layer_bytes += 2 * config.n_head * config.block_size  # see kernels.Attention
+        layer_bytes += 2 * config.n_head * config.block_size  # see runtime/attention.py
     if recomputes_layers:  # only one layer's activations, and the inputs of the others
         layers_bytes = layer_bytes + 4 * config.n_layer * config.n_embd
     else:

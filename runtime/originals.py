@@ -76,6 +76,11 @@ def is_unchanged(module, kind):
     return has_method(module, f'{kind}.forward')
 
 
+def was_unchanged(part, kind):
+    """is_unchanged() for a part that was replaced: somebody may have changed its class since."""
+    return torch.compiler.is_compiling() or is_unchanged(part, kind)
+
+
 def has_method(module, name):
     """Whether this module has the method of model.py that `name` says: 'GPT.embed', for example."""
     method = name.partition('.')[2]
