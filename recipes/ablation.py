@@ -6,7 +6,7 @@ Measures what each option of the fast recipe is worth: trains without it, with t
 
 The arguments are train.py's, except --dataset: it needs data/shakespeare_char. Its losses serve to
 choose settings, so the val split is not used: the runs train on the first 90% of the train split,
-and are evaluated on the rest of it. There are 33 of them. It runs wherever train.py does. It prints
+and are evaluated on the rest of it. There are 30 of them. It runs wherever train.py does. It prints
 a table. The last line is JSON.
 """
 import json

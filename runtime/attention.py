@@ -22,76 +22,86 @@ def draw_mask(x, p):
     return (numbers >= round(p * 2 ** 16) - 2 ** 15).to(x.dtype)
 
 
-class AttentionFunction(torch.autograd.Function):
-    """Causal attention of q, k and v, (n, T, hs) each, with dropout of the weights.
+def list_parts(T):
+    """The queries that AttentionFunction takes at a time, of T: [(start, stop), ...]."""
+    size = max(64, T // 8)  # parts of 32 take 1.1 to 1.2 times as long
+    return [(start, min(start + size, T)) for start in range(0, T, size)]
 
-    It takes some queries at a time. They need no keys after the last one of them, so little more
-    than half of the weights (T, T) is computed and stored.
+
+def count_keys(T):
+    """The mean number of keys that AttentionFunction multiplies a query with."""
+    return sum((stop - start) * stop for start, stop in list_parts(T)) // T
+
+
+class AttentionFunction(torch.autograd.Function):
+    """Causal attention of q, k and v, (B, nh, T, hs) each, with this rate of dropout.
+
+    Returns (B, T, nh, hs). It takes some queries at a time, and they need no keys after the last
+    one of them. So with many tokens little more than half of the weights (T, T) is computed.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, dropout_p):
         B, nh, T, hs = q.size()
-        ctx.num_queries = max(64, T // 8)  # fewer are slower: 32 take 1.1 to 1.2 times as long
         ctx.dropout_p = dropout_p
         q, k, v = (z.flatten(0, 1) for z in (q, k, v))  # (B * nh, T, hs)
         q = q * hs ** -0.5
         if dropout_p:
             v = v * (1 / (1 - dropout_p))
-        y = q.new_empty(B, T, nh, hs).transpose(1, 2)
-        future = q.new_full((ctx.num_queries, ctx.num_queries), -math.inf).triu(1)
-        weights = []  # for each part of the queries, and with dropout the mask after them
-        for start in range(0, T, ctx.num_queries):
-            stop = min(start + ctx.num_queries, T)
-            att = torch.bmm(q[:, start:stop], k[:, :stop].mT)  # (B * nh, num_queries, stop)
-            att[:, :, start:] += future[:stop - start, :stop - start]
+        y = q.new_empty(B, T, nh, hs)
+        weights, masks = [], []
+        for start, stop in list_parts(T):
+            att = torch.bmm(q[:, start:stop], k[:, :stop].mT)  # (B * nh, stop - start, stop)
+            size = stop - start
+            att[:, :, start:] += att.new_full((size, size), -math.inf).triu(1)  # the future
             att = att.softmax(dim=-1)
             weights.append(att)
             if dropout_p:
-                weights.append(draw_mask(att, dropout_p))
-                att = att * weights[-1]
-            y[:, :, start:stop] = torch.bmm(att, v[:, :stop]).view(B, nh, -1, hs)
-        ctx.save_for_backward(q, k, v, *weights)
+                masks.append(draw_mask(att, dropout_p))
+                att = att * masks[-1]
+            y[:, start:stop] = torch.bmm(att, v[:, :stop]).view(B, nh, -1, hs).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, *weights, *masks)
         return y
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, d_y):
         if torch.is_grad_enabled():
             raise RuntimeError('the faster attention has no second derivative: '
                                'do not call kernels.accelerate() for this')
         q, k, v, *weights = ctx.saved_tensors
-        shape, grad = grad.size(), grad.flatten(0, 1)
-        T, hs = q.size()[1:]
+        B, T, nh, hs = d_y.size()
+        d_y = d_y.transpose(1, 2).flatten(0, 1)
         d_q, d_k, d_v = torch.empty_like(q), None, None
-        for start in reversed(range(0, T, ctx.num_queries)):
-            stop = min(start + ctx.num_queries, T)
-            mask = weights.pop() if ctx.dropout_p else None
-            att, y_grad = weights.pop(), grad[:, start:stop]
-            d_att = torch.bmm(y_grad, v[:, :stop].mT)
-            if mask is None:
-                d_v_part = torch.bmm(att.mT, y_grad)
-            else:
-                d_v_part = torch.bmm((att * mask).mT, y_grad)
-                d_att *= mask
-            d_scores = torch._softmax_backward_data(d_att, att, -1, att.dtype)
+        parts = list_parts(T)
+        masks = weights[len(parts):]
+        for i, (start, stop) in reversed(list(enumerate(parts))):
+            att, part_d_y = weights[i], d_y[:, start:stop]
+            d_att = torch.bmm(part_d_y, v[:, :stop].mT)
+            d_scores = d_att
+            if ctx.dropout_p:
+                d_scores = d_att * masks[i]
+            d_scores = torch._softmax_backward_data(d_scores, att, -1, att.dtype)
+            if ctx.dropout_p:
+                att = att * masks[i]
             d_q[:, start:stop] = torch.bmm(d_scores, k[:, :stop])
-            d_k_part = torch.bmm(d_scores.mT, q[:, start:stop])
             if d_k is None:  # the last queries see all keys
-                d_k, d_v = d_k_part, d_v_part
+                d_k = torch.bmm(d_scores.mT, q[:, start:stop])
+                d_v = torch.bmm(att.mT, part_d_y)
             else:
-                d_k[:, :stop] += d_k_part
-                d_v[:, :stop] += d_v_part
+                d_k[:, :stop] += torch.bmm(d_scores.mT, q[:, start:stop])
+                d_v[:, :stop] += torch.bmm(att.mT, part_d_y)
         d_q *= hs ** -0.5
         if ctx.dropout_p:
             d_v *= 1 / (1 - ctx.dropout_p)
-        return d_q.view(shape), d_k.view(shape), d_v.view(shape), None
+        d_q, d_k, d_v = (z.view(B, nh, T, hs) for z in (d_q, d_k, d_v))
+        return d_q, d_k, d_v, None
 
 
 class Attention(nn.Module):
     """Causal attention by AttentionFunction, where that is faster on a CPU than torch's.
 
     F.scaled_dot_product_attention has no fast path there with dropout, and its backward pass is
-    slow in bfloat16. In float32 it is faster only with many tokens, where it stores less, too.
+    slow in bfloat16. In float32 it is faster below 128 tokens, and stores less above 256.
     """
 
     def __init__(self, attention):
@@ -99,13 +109,25 @@ class Attention(nn.Module):
         self.plain = attention
 
     def forward(self, q, k, v, dropout, flash):
-        B, nh, T, hs = q.size()
-        is_known = flash and type(dropout) is nn.Dropout and q.shape == k.shape == v.shape
-        dropout_p = dropout.p if is_known and dropout.training else 0.0
-        is_known = is_known and dropout_p <= MAX_DROPOUT
-        is_slow = dropout_p or q.requires_grad and (
-            q.dtype == torch.bfloat16 and T <= 1024 or q.dtype == torch.float32 and 128 <= T <= 256)
-        if (q.device.type != 'cpu' or not is_slow or not is_known
-                or not was_unchanged(self.plain, 'Attention')):
-            return self.plain(q, k, v, dropout, flash)
-        return AttentionFunction.apply(q, k, v, dropout_p)
+        if (flash and type(dropout) is nn.Dropout and dropout.training
+                and (dropout.p or q.requires_grad) and is_faster(q.dtype, q.size(2), dropout.p)
+                and is_uniform(q, k, v) and was_unchanged(self.plain, 'Attention')):
+            return AttentionFunction.apply(q, k, v, dropout.p).transpose(1, 2)
+        return self.plain(q, k, v, dropout, flash)
+
+
+def is_faster(dtype, T, dropout_p):
+    """Whether AttentionFunction trains faster on a CPU than torch's attention."""
+    if dropout_p:
+        return dropout_p <= MAX_DROPOUT
+    min_T, max_T = {torch.float32: (128, 256), torch.bfloat16: (1, 1024)}.get(dtype, (1, 0))
+    return min_T <= T <= max_T
+
+
+def is_uniform(q, k, v):
+    """Whether queries, keys and values are on a CPU in one shape and the dtype of autocast."""
+    dtype = q.dtype
+    if torch.is_autocast_enabled('cpu'):
+        dtype = torch.get_autocast_dtype('cpu')
+    return q.device.type == 'cpu' and q.shape == k.shape == v.shape and all(
+        z.dtype == dtype for z in (q, k, v))

@@ -8,6 +8,7 @@ import re
 
 import torch
 
+from runtime.attention import count_keys, is_faster
 from runtime.console import explain_errors, format_bytes, say, warn
 
 try:
@@ -28,16 +29,17 @@ def estimate_training_bytes(config, num_params, optimizer_bytes, batch_size, dty
     state. With zero1 and fsdp each rank has a part of it; fsdp also needs room for the whole
     embedding and its gradient. The activations are what the backward pass keeps: the logits with
     their gradient, and about 34 x C bytes per token and layer in 16-bit numbers (Korthikanti et
-    al. 2022, https://arxiv.org/abs/2205.05198). On a CPU the attention matrix comes on top with
-    dropout and in bfloat16.
+    al. 2022, https://arxiv.org/abs/2205.05198). On a CPU attention's weights come on
+    top where runtime/attention.py computes it.
     """
     width = 2 if dtype == 'float32' else 1  # in units of 16 bits
     tokens = batch_size * config.block_size
     layer_bytes = 34 * config.n_embd * width
     if device_type == 'cpu' and config.dropout:
-        layer_bytes += 4 * (config.n_head * config.block_size + config.n_embd) * 2 * width
-    elif device_type == 'cpu' and dtype == 'bfloat16' and config.block_size <= 1024:
-        layer_bytes += 2 * config.n_head * config.block_size  # see runtime/attention.py
+        layer_bytes += 8 * width * config.n_embd
+    if device_type == 'cpu' and is_faster(getattr(torch, dtype), config.block_size, config.dropout):
+        num_tensors = 2 if config.dropout else 1  # attention's weights and their masks
+        layer_bytes += 2 * width * num_tensors * config.n_head * count_keys(config.block_size)
     if recomputes_layers:  # only one layer's activations, and the inputs of the others
         layers_bytes = layer_bytes + 4 * config.n_layer * config.n_embd
     else:

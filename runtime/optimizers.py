@@ -187,25 +187,25 @@ def orthogonalize(x):
     """Matrices (n, R, C), R <= C, with singular values near 1 (0.7 to 1.2), by Newton-Schulz steps.
 
     In bfloat16 each step corrects the rounding of the one before. In float32, on CPUs, the matrices
-    of the steps (R, R) are multiplied first, which takes fewer operations.
+    of the steps (R, R) are multiplied first: for C > 1.5 R this takes fewer operations.
     """
     y = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     if x.device.type != 'cpu':
         y = y.bfloat16()
         for _ in range(5):
-            y = compute_step(y @ y.mT) @ y
+            y = compute_factor(y @ y.mT) @ y
         return y.to(x.dtype)
     a = y @ y.mT
-    b = product = compute_step(a)
+    b = product = compute_factor(a)  # of the first step
     for _ in range(4):
         a = b @ a @ b
-        b = compute_step(a)
+        b = compute_factor(a)
         product = b @ product
     return product @ y
 
 
-def compute_step(a):
-    """What a Newton-Schulz step multiplies y by, for a = y @ y.T. The numbers are Muon's."""
+def compute_factor(a):
+    """What one step multiplies y by, for a = y @ y.T. The numbers are those of the Muon post."""
     b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
     b.diagonal(dim1=1, dim2=2).add_(3.4445)
     return b
@@ -234,7 +234,7 @@ def clip_and_step(optimizer, scaler, grad_clip):
     """Clips the gradients to the norm grad_clip (0: no clipping) and makes the update.
 
     A gradient that isn't finite leaves weights, moments and step counts as they are. Returns the
-    norm before clipping, (). With a fused optimizer the host doesn't wait for the device.
+    norm before clipping, as a tensor. With a fused optimizer the host doesn't wait for the device.
     """
     scaler.unscale_(optimizer)
     norm = compute_grad_norm(optimizer)

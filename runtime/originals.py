@@ -77,8 +77,13 @@ def is_unchanged(module, kind):
 
 
 def was_unchanged(part, kind):
-    """is_unchanged() for a part that was replaced: somebody may have changed its class since."""
-    return torch.compiler.is_compiling() or is_unchanged(part, kind)
+    """is_unchanged() for a part that was replaced: somebody may have changed its class since.
+
+    It is False in torch.func, which can't see into the faster forms.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return is_unchanged(part, kind) and not torch._C._are_functorch_transforms_active()
 
 
 def has_method(module, name):

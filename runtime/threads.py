@@ -16,9 +16,10 @@ from runtime.console import note
 OUTER_ENV = dict(os.environ)  # for commands that don't belong to this project
 
 # At the end of each operation the threads wait for the last one. GNU's OpenMP lets them spin in a
-# long loop before they sleep. If another process has the CPU of the last thread, they burn the time
-# that it needs. With 20,000 turns an Intel Xeon was as fast on a quiet machine; with 10,000 it was
-# 1.6% slower. Only x86: the length of a turn depends on the CPU. Other OpenMPs don't read this
+# long loop before they sleep. They waste the CPU's time if the last thread waits for a CPU that
+# another process uses. On a quiet Intel Xeon a sequence was generated as fast with 20,000 turns of
+# that loop, and 1.6% slower with 10,000. A turn has another length on CPUs that are not x86. Other
+# OpenMPs ignore this variable
 if platform.machine() in ('x86_64', 'AMD64') and 'OMP_WAIT_POLICY' not in os.environ:
     os.environ.setdefault('GOMP_SPINCOUNT', '20000')
 

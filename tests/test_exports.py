@@ -1,6 +1,7 @@
 """The model in torch's own tools: exporting, compiling, copying, torch.func, sharding, pruning."""
 import copy
 import io
+import itertools
 import pickle
 import warnings
 
@@ -235,9 +236,8 @@ def test_vmap_over_an_ensemble(kind):
     torch.testing.assert_close(losses, torch.stack([pair[1] for pair in expected]))
 
 
-# torch.func can't see into the fast form of squared ReLU
 @pytest.mark.filterwarnings('ignore:There is a performance drop')
-@pytest.mark.parametrize('kind, relu2', [('plain', False), ('plain', True), ('fast', False)])
+@pytest.mark.parametrize('kind, relu2', list(itertools.product(KINDS, [False, True])))
 def test_gradients_per_sample(kind, relu2):
     model = make_model(kind, relu2=relu2)
     params = {name: p.detach() for name, p in model.named_parameters()}

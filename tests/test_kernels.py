@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import model as model_py
 from model import GPT, GPTConfig
-from runtime import cross_entropy, inference, kernels, originals
+from runtime import attention, cross_entropy, inference, kernels, memory, originals
 
 OPTIONS = dict(rope_base=100.0, qk_norm=True, relu2=True, tied=False, bigrams=60, embd_conv=2,
                bias=False)
@@ -147,7 +147,7 @@ def test_dropout_zeroes_and_scales():
     assert (layer(x) == 0).any() and torch.equal(layer.eval()(x), x)
 
 
-@pytest.mark.parametrize('T', [1, 7, 64, 200])
+@pytest.mark.parametrize('T', [1, 7, 64, 200, 600])
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 2e-6), (torch.bfloat16, 0.03)])
 def test_attention_is_the_formula_and_the_plain_one(dtype, tolerance, T):
     q, k, v = (torch.randn(2, 3, T, 8, requires_grad=True) for _ in range(3))
@@ -159,8 +159,8 @@ def test_attention_is_the_formula_and_the_plain_one(dtype, tolerance, T):
         att = (q @ k.transpose(-2, -1) / math.sqrt(8)).masked_fill(future, -math.inf).softmax(-1)
         torch.manual_seed(2)
         mask = torch.zeros_like(att)
-        for start in range(0, T, 64):  # 64 queries draw at once, for the keys that they see
-            part = mask[:, :, start:start + 64, :start + 64]
+        for start, stop in attention.list_parts(T):
+            part = mask[:, :, start:stop, :stop]
             part.copy_(kernels.draw_mask(part, p))
         expected = (att * mask / (1 - p)) @ v
         torch.manual_seed(2)
@@ -175,6 +175,59 @@ def test_attention_is_the_formula_and_the_plain_one(dtype, tolerance, T):
             for result, value in zip(results, reference):
                 difference = (result.float() - value.float()).abs().max()
                 assert difference <= tolerance * value.abs().max() + 1e-6
+
+
+def make_qkv(T=128, dtype=torch.float32):
+    return [torch.randn(2, 3, T, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
+
+
+def test_where_attention_is_the_plain_one(monkeypatch):
+    fast = kernels.Attention(model_py.Attention())
+    q, k, v = make_qkv()
+    monkeypatch.setattr(attention.AttentionFunction, 'apply', None)
+    with pytest.raises(TypeError):
+        fast(q, k, v, nn.Dropout(0.0), flash=True)
+    y = fast(q, k, v, nn.Dropout(0.2).eval(), flash=True)  # so it can be exported
+    for others in ((q.detach(), k, v), (q, k[:, :, :64], v[:, :, :64])):
+        assert fast(*others, nn.Dropout(0.0), flash=True).size() == y.size()
+    with torch.autocast('cpu', torch.bfloat16):  # an edit may make only q float32
+        for dtype in (torch.float32, torch.bfloat16):
+            y = fast(q, k.to(dtype), v.to(dtype), nn.Dropout(0.2), flash=True)
+            assert y.sum().backward() is None
+
+
+def test_the_output_of_attention_may_be_changed_in_place():
+    y = kernels.Attention(model_py.Attention())(*make_qkv(), nn.Dropout(0.1), flash=True)
+    y *= 2
+    y.transpose(1, 2).flatten(2).mul_(2).sum().backward()
+
+
+def test_attention_has_no_second_derivative():
+    q, k, v = make_qkv()
+    y = kernels.Attention(model_py.Attention())(q, k, v, nn.Dropout(0.0), flash=True)
+    with pytest.raises(RuntimeError, match='accelerate'):
+        torch.autograd.grad(y.sum(), q, create_graph=True)
+
+
+@pytest.mark.parametrize('T', [20, 64, 200, 600])
+@pytest.mark.parametrize('p', [0.0, 0.2])
+def test_the_memory_estimate_has_the_weights_of_attention(T, p):
+    """The weights, and with dropout their masks, are what it stores besides q, k and v."""
+    num_bytes = []
+    q, k, v = make_qkv(T, torch.bfloat16)
+
+    def count(x):
+        num_bytes.append(x.nbytes)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        kernels.Attention(model_py.Attention())(q, k, v, nn.Dropout(p), flash=True)
+    config = GPTConfig(block_size=T, vocab_size=50, n_layer=1, n_head=3, n_embd=24, dropout=p)
+    estimates = [memory.estimate_training_bytes(config, 0, 0, 2, 'bfloat16', device)[1]
+                 for device in ('cpu', 'cuda')]
+    of_dropout = 8 * config.n_embd * 2 * T if p else 0
+    weights_bytes = sum(num_bytes) - sum(z.nbytes for z in (q, k, v))
+    assert estimates[0] - estimates[1] - of_dropout == pytest.approx(weights_bytes, rel=0.02)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -212,7 +265,7 @@ def test_the_loss_alone_is_the_same_loss(dtype):
     for whole, pieces in zip(*results):
         assert (whole - pieces).norm() <= TOLERANCES[dtype] * whole.norm()
     with torch.no_grad(), autocast:
-        # in bfloat16 attention takes another path where there are no gradients
+        # attention takes another path where there are no gradients
         tolerance = 1e-6 if dtype == 'float32' else 1e-4
         assert abs(compute_loss(model, x, y)[1] - loss) < tolerance * loss
 

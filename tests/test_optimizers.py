@@ -248,7 +248,7 @@ def test_orthogonalize():
     assert (orthogonalize(torch.zeros(1, 4, 4)) == 0).all()
 
 
-def test_orthogonalize_keeps_small_singular_values_apart():
+def test_orthogonalize_in_float32_is_that_in_double():
     """On a CPU only x @ x.T is multiplied, where a singular value of 1e-3 is 1e-6."""
     torch.manual_seed(0)
     left, _, right = torch.linalg.svd(torch.randn(2, 30, 40), full_matrices=False)
