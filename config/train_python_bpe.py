@@ -2,7 +2,7 @@
 # RoPE, QK-norm, ReLU^2, WSD, embeddings of token pairs): for a laptop, no download, about a minute
 # and a half on 2 CPU cores
 out_dir = 'out-python-bpe'
-eval_interval = 625
+eval_interval = 575
 eval_iters = 50  # x 8 x 256 = 102,400 tokens of each split
 log_interval = 100
 
@@ -10,7 +10,7 @@ dataset = 'python_bpe'
 data_order = 'epochs'
 gradient_accumulation_steps = 1
 batch_size = 8
-block_size = 256  # 8 x 256 = 2,048 tokens/iter: the run sees 0.8 epochs
+block_size = 256  # 8 x 256 = 2,048 tokens/iter: the run sees 0.7 epochs
 
 # 2.75M parameters, 2.1M of them in the table of pairs. In the same time 3 layers see fewer tokens,
 # and their loss is higher
@@ -32,7 +32,7 @@ beta1 = 0.8
 beta2 = 0.95
 lr_schedule = 'wsd'
 decay_share = 0.8
-max_iters = 1250
-lr_decay_iters = 1250  # = max_iters
+max_iters = 1150
+lr_decay_iters = 1150  # = max_iters
 min_lr = 0.0
 warmup_iters = 20
