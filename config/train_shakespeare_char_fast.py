@@ -1,5 +1,5 @@
 # trains a small character model on Shakespeare with newer options (Muon, RoPE, QK-norm, ReLU^2,
-# WSD, embeddings of character pairs), to the val loss that nanoGPT's GPU recipe reaches
+# WSD, embeddings of character pairs). It reaches the val loss of nanoGPT's GPU recipe
 out_dir = 'out-shakespeare-char-fast'
 eval_interval = 500
 eval_iters = 0  # the whole val split
@@ -12,8 +12,8 @@ gradient_accumulation_steps = 1
 batch_size = 8
 block_size = 256  # 8 x 256 = 2,048 tokens/iter: the run sees 3.9 epochs
 
-# 0.96M parameters, more than half of them in the table of pairs. In the same time 3 or 4 layers see
-# fewer tokens, and their loss is higher
+# 0.96M parameters, more than half of them in the table of pairs. In as many operations 3 or 4 layers
+# see fewer tokens, and their loss is higher
 n_layer = 2
 n_head = 2
 n_embd = 128
