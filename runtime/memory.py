@@ -29,8 +29,8 @@ def estimate_training_bytes(config, num_params, optimizer_bytes, batch_size, dty
     state. With zero1 and fsdp each rank has a part of it; fsdp also needs room for the whole
     embedding and its gradient. The activations are what the backward pass keeps: the logits with
     their gradient, and about 34 x C bytes per token and layer in 16-bit numbers (Korthikanti et
-    al. 2022, https://arxiv.org/abs/2205.05198). On a CPU attention's weights come on
-    top where runtime/attention.py computes it.
+    al. 2022, https://arxiv.org/abs/2205.05198). On a CPU the weights of attention come on top,
+    where runtime/attention.py computes it.
     """
     width = 2 if dtype == 'float32' else 1  # in units of 16 bits
     tokens = batch_size * config.block_size
