@@ -77,19 +77,18 @@ class AttentionFunction(torch.autograd.Function):
         for i, (start, stop) in reversed(list(enumerate(parts))):
             att, part_d_y = weights[i], d_y[:, start:stop]
             d_att = torch.bmm(part_d_y, v[:, :stop].mT)
-            d_scores = d_att
+            dropped_att = att
             if ctx.dropout_p:
-                d_scores = d_att * masks[i]
-            d_scores = torch._softmax_backward_data(d_scores, att, -1, att.dtype)
-            if ctx.dropout_p:
-                att = att * masks[i]
+                d_att *= masks[i]
+                dropped_att = att * masks[i]
+            d_scores = torch._softmax_backward_data(d_att, att, -1, att.dtype)
             d_q[:, start:stop] = torch.bmm(d_scores, k[:, :stop])
             if d_k is None:  # the last queries see all keys
                 d_k = torch.bmm(d_scores.mT, q[:, start:stop])
-                d_v = torch.bmm(att.mT, part_d_y)
+                d_v = torch.bmm(dropped_att.mT, part_d_y)
             else:
                 d_k[:, :stop] += torch.bmm(d_scores.mT, q[:, start:stop])
-                d_v[:, :stop] += torch.bmm(att.mT, part_d_y)
+                d_v[:, :stop] += torch.bmm(dropped_att.mT, part_d_y)
         d_q *= hs ** -0.5
         if ctx.dropout_p:
             d_v *= 1 / (1 - ctx.dropout_p)

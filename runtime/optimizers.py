@@ -144,7 +144,9 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         loss = compute_loss(closure)
-        for group in [group for group in self.param_groups if 'momentum' in group]:
+        for group in self.param_groups:
+            if 'momentum' not in group:
+                continue
             batches = {}  # by shape, the longer side last
             for p in group['params']:
                 if p.grad is not None:
@@ -156,12 +158,10 @@ class Muon(torch.optim.AdamW):
 
     def update(self, shape, params, group):
         """Updates matrices of this shape, or of its transpose, and takes their gradients away."""
-        device, lr, momentum = params[0].device, group['lr'], group['momentum']
+        device = params[0].device
+        lr, momentum = group['lr'], group['momentum']
         grad_scale = getattr(self, 'grad_scale', None)
-        found_inf = getattr(self, 'found_inf', None)
-        is_bad = torch.zeros((), dtype=torch.bool, device=device)
-        if found_inf is not None:
-            is_bad = found_inf > 0
+        is_bad = getattr(self, 'found_inf', torch.zeros((), device=device)) > 0
         decay = 1 - lr * group['weight_decay'] * ~is_bad
         updates = torch.empty(len(params), *shape, device=device)
         for p, row in zip(params, updates):
