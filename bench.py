@@ -124,7 +124,7 @@ def make_optimizer(model):
     """As in train.py; AdamW for a model of transformers."""
     optimizer = GPT.configure_optimizers(model, 0.1, 1e-4, (0.9, 0.95), device_type)
     if isinstance(model, GPT):
-        optimizer = optimizers.specialize(optimizer, optim, moments_dtype, 0.95, model)
+        optimizer = optimizers.specialize(optimizer, optim, moments_dtype, 0.95, model, dtype)
     return optimizer
 
 

@@ -154,7 +154,7 @@ model = distributed.wrap(model, device, parallel)
 # -----------------------------------------------------------------------------
 # the optimizer, and where the run continues
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
-optimizer = optimizers.specialize(optimizer, optim, moments_dtype, momentum, raw_model)
+optimizer = optimizers.specialize(optimizer, optim, moments_dtype, momentum, raw_model, dtype)
 state_bytes = optimizers.count_state_bytes(optimizer)
 optimizer = distributed.shard_optimizer(optimizer, parallel)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')  # for tiny gradients

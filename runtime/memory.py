@@ -37,9 +37,11 @@ def estimate_training_bytes(config, num_params, optimizer_bytes, batch_size, dty
     layer_bytes = 34 * config.n_embd * width
     if device_type == 'cpu' and config.dropout:
         layer_bytes += 8 * width * config.n_embd
-    if device_type == 'cpu' and is_faster(getattr(torch, dtype), config.block_size, config.dropout):
+    ptdtype = getattr(torch, dtype)
+    if device_type == 'cpu' and is_faster(ptdtype, config.block_size, config.dropout):
         num_tensors = 2 if config.dropout else 1  # attention's weights and their masks
-        layer_bytes += 2 * width * num_tensors * config.n_head * count_keys(config.block_size)
+        keys = count_keys(config.block_size, ptdtype)
+        layer_bytes += 2 * width * num_tensors * config.n_head * keys
     if recomputes_layers:  # only one layer's activations, and the inputs of the others
         layers_bytes = layer_bytes + 4 * config.n_layer * config.n_embd
     else:

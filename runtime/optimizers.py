@@ -13,11 +13,11 @@ from runtime.console import fail, warn
 from runtime.distributed import full_tensor, get_local_optimizer, local_tensor, shard_like
 
 
-def specialize(optimizer, optim, moments_dtype, momentum, model):
+def specialize(optimizer, optim, moments_dtype, momentum, model, dtype='float32'):
     """The optimizer that the settings ask for, with the parameter groups of this AdamW.
 
     muon takes the matrices of the model's blocks out of their groups, into a group with a
-    momentum. Returns the optimizer itself for adamw with moments in float32.
+    momentum. dtype is the run's. Returns the optimizer itself for adamw with moments in float32.
     """
     if optim == 'adamw' and moments_dtype == 'float32':
         return optimizer
@@ -40,6 +40,7 @@ def specialize(optimizer, optim, moments_dtype, momentum, model):
                 muon_groups.append({**group, 'params': group_matrices, 'momentum': momentum})
                 group['params'] = [p for p in group['params'] if p not in matrices]
         groups += muon_groups
+        options['dtype'] = dtype
     cls = Muon if optim == 'muon' else LowMemoryAdamW
     try:
         return cls(groups, **options)
@@ -129,11 +130,11 @@ class Muon(torch.optim.AdamW):
     torch.optim.Muon computes the same with adjust_lr_fn='match_rms_adamw'. Here matrices of one
     shape are one batch, and weights may be sharded: each rank applies its part of the update.
     """
-    # AdamW's would look for AdamW's moments in all groups
-    __setstate__ = torch.optim.Optimizer.__setstate__
+    __setstate__ = torch.optim.Optimizer.__setstate__  # AdamW's expects its moments in all groups
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+    def __init__(self, params, lr=1e-3, dtype='float32', **options):
+        super().__init__(params, lr, **options, fused=True)
+        self.defaults['dtype'] = dtype  # a copy of an optimizer loses other attributes
 
     def add_param_group(self, group):
         super().add_param_group(group)
@@ -178,19 +179,19 @@ class Muon(torch.optim.AdamW):
             local_tensor(p).mul_(decay)
             p.grad = None  # so that AdamW's step leaves this parameter out
         updates.masked_fill_(is_bad, 0.0)
-        for p, update in zip(params, orthogonalize(updates)):
+        for p, update in zip(params, orthogonalize(updates, self.defaults['dtype'])):
             update = update if p.shape == shape else update.t()
             p.add_(shard_like(update, p), alpha=-lr * 0.2 * math.sqrt(shape[1]))
 
 
-def orthogonalize(x):
+def orthogonalize(x, dtype='float32'):
     """Matrices (n, R, C), R <= C, with singular values near 1 (0.7 to 1.2), by Newton-Schulz steps.
 
-    In bfloat16 each step corrects the rounding of the one before. In float32, on CPUs, the matrices
-    of the steps (R, R) are multiplied first: for C > 1.5 R this takes fewer operations.
+    In bfloat16 each step corrects the rounding of the one before. A run in float32 on a CPU is
+    exact, and multiplies the matrices of the steps (R, R) first: for C > 1.5 R this is faster.
     """
     y = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    if x.device.type != 'cpu':
+    if x.device.type != 'cpu' or dtype == 'bfloat16':
         y = y.bfloat16()
         for _ in range(5):
             y = compute_factor(y @ y.mT) @ y

@@ -159,7 +159,7 @@ def test_attention_is_the_formula_and_the_plain_one(dtype, tolerance, T):
         att = (q @ k.transpose(-2, -1) / math.sqrt(8)).masked_fill(future, -math.inf).softmax(-1)
         torch.manual_seed(2)
         mask = torch.zeros_like(att)
-        for start, stop in attention.list_parts(T):
+        for start, stop in attention.list_parts(T, dtype):
             part = mask[:, :, start:stop, :stop]
             part.copy_(kernels.draw_mask(part, p))
         expected = (att * mask / (1 - p)) @ v
