@@ -153,10 +153,10 @@ def make_space(tmp_path, optim, moments_dtype, transfers, **options):
         move_to_device=move_to_device, list_eval_batches=list_batches,
         distributed=types.SimpleNamespace(sync_gradients=distributed.sync_gradients,
                                           agree=distributed.agree, all_reduce_sum=all_reduce_sum),
-        model=model, raw_model=model, optimizer=optimizer, device='meta', tokens=tokens,
-        windows=windows, ctx=contextlib.nullcontext(), block_size=64, batch_size=2, eval_iters=0,
-        ddp_rank=0, ddp_world_size=1, master_process=False, seed=1, micro_steps=2, grad_clip=1.0,
-        scaler=torch.amp.GradScaler('cuda', enabled=False), lr=1e-3, iter_num=0,
+        model=model, raw_model=model, optimizer=optimizer, device='meta', device_type='cuda',
+        tokens=tokens, windows=windows, ctx=contextlib.nullcontext(), block_size=64, batch_size=2,
+        eval_iters=0, ddp_rank=0, ddp_world_size=1, master_process=False, seed=1, micro_steps=2,
+        grad_clip=1.0, scaler=torch.amp.GradScaler('cuda', enabled=False), lr=1e-3, iter_num=0,
         bad_steps=optimizers.BadSteps('meta'), busy_note=threads.BusyNote(),
         order=DataOrder('random', 1, 1000, 64, 2, 2))
     functions = functions_of('train.py', *names, **space)

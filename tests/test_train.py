@@ -69,7 +69,7 @@ def batches(data, world_size=1, rank=0, accumulation=4, batch_size=3, block_size
         seed=seed, os=os, check_ids=check_ids, check_mapped_file=lambda tokens: None, order=order,
         tokens={'train': data},
         move_to_device=move_to_device, windows=windows, data_dir='', raw_model=raw_model,
-        device='cpu', ddp_world_size=world_size, ddp_rank=rank)
+        device='cpu', device_type='cpu', ddp_world_size=world_size, ddp_rank=rank)
     return {(it, m): get_train_batch(it, m)
             for it in iterations for m in range(accumulation // world_size)}
 
