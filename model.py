@@ -55,8 +55,8 @@ class RotaryPositions(nn.Module):
         pos = start + torch.arange(T, device=q.device)
         frequencies = base ** (-torch.arange(0, hs, 2, device=q.device) / hs)
         angles = pos[:, None, None].float() * frequencies  # (T, 1, hs / 2)
-        cos = angles.cos().repeat(1, 1, 2)  # (T, 1, hs)
-        sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)
+        cos = angles.cos().repeat(1, 1, 2).type_as(q)  # (T, 1, hs)
+        sin = torch.cat((-angles.sin(), angles.sin()), dim=-1).type_as(q)
         return [torch.addcmul(z * cos, z.roll(hs // 2, dims=-1), sin) for z in (q, k)]
 
 

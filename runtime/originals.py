@@ -22,7 +22,7 @@ DIGESTS = {
     'CausalSelfAttention.forward': '5704f20bd05297ac',
     'Block.forward': '99be7f9a66cb6549',
     'MLP.forward': '6cb2a2276366942d',
-    'RotaryPositions.forward': 'c41c45d5692b83da',
+    'RotaryPositions.forward': '0fc9a0a3e2f6a2cd',
     'GPT.embed': 'bf22ec44f589115d',
     'GPT.forward': '1c2aff2962665e49',
     'GPT.generate': '7552f785032c80ad',

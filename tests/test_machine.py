@@ -144,6 +144,28 @@ def test_freed_memory_is_kept():
     assert kept < first / 10 and first > 19 * 2 ** 26 / os.sysconf('SC_PAGESIZE')
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='only glibc has these settings')
+@pytest.mark.parametrize('limit', [None, 2 ** 36])
+def test_the_heap_has_huge_pages(limit):
+    code = f"""if True:
+        import resource, torch
+        from runtime import memory
+        if {limit}:  # limits count what is only reserved
+            resource.setrlimit(resource.RLIMIT_AS, ({limit}, {limit}))
+        memory.keep_freed_memory()
+        address = torch.ones(2 ** 24).data_ptr() + 2 ** 25  # the middle of 64 MiB
+        with open('/proc/self/smaps') as f:
+            for line in f:
+                if '-' in line.split()[0]:
+                    start, end = (int(bound, 16) for bound in line.split()[0].split('-'))
+                if line.startswith('VmFlags:') and start <= address < end:
+                    print(end - start, 'hg' in line.split())"""
+    out = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
+                         check=True).stdout
+    size, is_huge = out.split()
+    assert (is_huge == 'True') == (int(size) > 0.99 * 2 ** 30) == (limit is None)
+
+
 def test_free_memory_is_known_on_linux():
     free = memory.read_free_memory('cpu')
     assert free is None or 2 ** 20 < free < 2 ** 50
