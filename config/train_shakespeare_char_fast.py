@@ -10,7 +10,7 @@ dataset = 'shakespeare_char'
 data_order = 'epochs'
 gradient_accumulation_steps = 1
 batch_size = 8
-block_size = 256  # 8 x 256 = 2,048 tokens/iter: the run sees 3.9 epochs
+block_size = 256  # 8 x 256 = 2,048 tokens/iter: the run sees 3.8 epochs
 
 # 0.96M parameters, more than half of them in the table of pairs. In as many operations 3 or 4
 # layers see fewer tokens, and their loss is higher
@@ -32,7 +32,7 @@ beta1 = 0.8
 beta2 = 0.95
 lr_schedule = 'wsd'
 decay_share = 0.8
-max_iters = 1900
-lr_decay_iters = 1900  # = max_iters
+max_iters = 1850
+lr_decay_iters = 1850  # = max_iters
 min_lr = 0.0
 warmup_iters = 20
