@@ -189,6 +189,7 @@ def prepare_training(model, compute_loss):
         scaler.scale(optimizers.nan_unless_finite(loss)).backward()
         optimizers.clip_and_step(optimizer, scaler, 1.0)
         optimizer.zero_grad(set_to_none=True)
+        busy_note.check()
         return loss.detach()
     return work
 
@@ -202,7 +203,7 @@ def prepare_sampling():
         inference.pack_linears(model, num_samples)
     length = max_new_tokens if what == 'decode' else 1
     options = dict(temperature=0.8, top_k=200, graphs={})
-    return lambda: list(inference.stream(model, prompt, length, **options))
+    return lambda: list(busy_note.watch(inference.stream(model, prompt, length, **options)))
 
 
 def prepare_transformers():
@@ -219,8 +220,7 @@ def prepare_transformers():
         return torch.inference_mode()(lambda: hf(prompt, use_cache=True).logits)
     return torch.inference_mode()(lambda: hf.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max_new_tokens,
-        min_new_tokens=max_new_tokens, do_sample=True, temperature=0.8, top_k=200, use_cache=True,
-        pad_token_id=0))
+        min_new_tokens=max_new_tokens, do_sample=True, temperature=0.8, top_k=200, pad_token_id=0))
 
 
 def prepare_ours():
@@ -244,6 +244,7 @@ def prepare_ours():
 
 # -----------------------------------------------------------------------------
 # the measurement
+busy_note = threads.BusyNote()
 scratch = tempfile.TemporaryDirectory()
 ours = prepare_ours()
 works = [ours]
@@ -256,10 +257,8 @@ if what in ('run', 'start'):  # a process is measured from its start
 timing.warm_up(in_process, device)
 gc.freeze()  # as train.py does
 profiler = timing.start_profiler(out_dir) if profile else None
-busy_note = threads.BusyNote()
 times, *their_times = timing.measure_in_turns(works, device, repeats, tokens_each,
                                               short_works=[] if profile else in_process)
-busy_note.check()
 peak_bytes = timing.read_peak_memory(device)
 
 # -----------------------------------------------------------------------------
@@ -277,6 +276,7 @@ if profiler:
     result.update(profile=timing.print_profile(profiler, device_type, out_dir))
 result.update(timing.print_times(times, their_times[0] if compare else None, tokens_each))
 if busy:
+    busy_note.was_noted = True  # this load is ours
     result.update(timing.print_slowdowns(ours, device, repeats, tokens_each, in_process))
 if what == 'train':
     flops = flops_per_token * tokens_each

@@ -18,7 +18,6 @@ from test_bench import SMALL
 
 from runtime import checkpoint, threads
 
-MAIN = f'/proc/self/task/{os.getpid()}/schedstat'
 needs_schedstat = pytest.mark.skipif(not os.path.exists('/proc/self/schedstat'),
                                      reason='only Linux tells how long threads waited')
 
@@ -110,10 +109,50 @@ def test_a_thread_that_ended_is_not_subtracted(capfd, monkeypatch):
 
 @needs_schedstat
 def test_waiting_for_something_else_is_not_waiting_for_a_cpu():
-    before = threads.read_times()[MAIN]
+    before = threads.read_times()[os.getpid()]
     select.select([], [], [], 0.3)
-    after = threads.read_times()[MAIN]
+    after = threads.read_times()[os.getpid()]
     assert after[1] - before[1] < 0.2e9
+
+
+TOGETHER = """
+import os, sys, threading, time
+from runtime import threads
+import torch
+
+torch.set_num_threads(1)
+cpus = sorted(os.sched_getaffinity(0))[:2]
+a, ids = torch.zeros(5000, 5000), []
+
+def work():  # for some seconds, without Python's lock
+    ids.append(threading.get_native_id())
+    a @ a
+
+def count_cpus():
+    stats = [open(f'/proc/self/task/{thread}/stat').read() for thread in ids]
+    return len({stat.rsplit(')', 1)[1].split()[36] for stat in stats})
+
+workers = [threading.Thread(target=work) for _ in range(2)]
+for worker in workers:
+    worker.start()
+while len(ids) < 2 or min(threads.read_times()[thread][0] for thread in ids) < 5e7:
+    time.sleep(0.01)  # until both have begun
+with threads.keep_cores_busy(0) as processes:
+    for process in processes:
+        os.sched_setaffinity(process.pid, {cpus[1]})
+    for allowed_cpus in ({cpus[0]}, set(cpus)):
+        for thread in ids:
+            os.sched_setaffinity(thread, allowed_cpus)
+        threads.spread(ids)
+        print(count_cpus(), all(os.sched_getaffinity(thread) == allowed_cpus for thread in ids))
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux' or len(os.sched_getaffinity(0)) < 2,
+                    reason='needs Linux and two CPUs')
+def test_threads_on_one_cpu_are_spread_if_they_may():
+    out = subprocess.check_output([sys.executable, '-c', TOGETHER], cwd=ROOT, text=True)
+    assert out == '1 True\n2 True\n'
 
 
 @needs_schedstat
