@@ -1,6 +1,6 @@
 # trains a small model on Python's standard library in a BPE of its own, with newer options (Muon,
-# RoPE, QK-norm, ReLU^2, WSD, embeddings of token pairs): for a laptop, no download, some 80 seconds
-# on 2 CPU cores
+# RoPE, QK-norm, ReLU^2, WSD, embeddings of token pairs): for a laptop, no download, 40 to 80
+# seconds on 2 CPU cores
 out_dir = 'out-python-bpe'
 eval_interval = 575
 eval_iters = 50  # x 8 x 256 = 102,400 tokens of each split
