@@ -56,7 +56,7 @@ class RotaryPositions(nn.Module):
         frequencies = base ** (-torch.arange(0, hs, 2, device=q.device) / hs)
         angles = pos[:, None, None].float() * frequencies  # (T, 1, hs / 2)
         cos = angles.cos().repeat(1, 1, 2).type_as(q)  # (T, 1, hs)
-        sin = torch.cat((-angles.sin(), angles.sin()), dim=-1).type_as(q)
+        sin = torch.cat((-angles.sin(), angles.sin()), dim=-1).type_as(q)  # faster than float32
         return [torch.addcmul(z * cos, z.roll(hs // 2, dims=-1), sin) for z in (q, k)]
 
 
@@ -106,7 +106,7 @@ class CausalSelfAttention(nn.Module):
             q, k = F.layer_norm(q, (hs,)), F.layer_norm(k, (hs,))
         if self.rope_base:
             q, k = self.rotary(q, k, self.rope_base)
-        # (B, nh, T, hs); norm and rotation may have made q and k float32
+        # (B, nh, T, hs); the norm may have made q and k float32
         q, k, v = (z.type_as(v).transpose(1, 2) for z in (q, k, v))
         y = self.attention(q, k, v, self.attn_dropout, self.flash)
         y = y.transpose(1, 2).reshape(B, T, C)

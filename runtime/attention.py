@@ -24,7 +24,8 @@ def draw_mask(x, p):
 
 def list_parts(T, dtype):
     """The queries that AttentionFunction takes at a time, of T: [(start, stop), ...]."""
-    # parts of 32 take 1.1 to 1.2 times as long, and so do parts of 64 in bfloat16 on an AMD
+    # parts of 32 take 1.1 to 1.2 times as long. In bfloat16, on an AMD, a step of the fast recipe
+    # takes 25.3 ms with parts of 64, and 23.8 ms with parts of 128
     size = max(128 if dtype == torch.bfloat16 else 64, T // 8)
     return [(start, min(start + size, T)) for start in range(0, T, size)]
 

