@@ -24,7 +24,7 @@ if platform.machine() in ('x86_64', 'AMD64') and 'OMP_WAIT_POLICY' not in os.env
     os.environ.setdefault('GOMP_SPINCOUNT', '20000')
 
 CHECK_SECONDS = 2  # between two looks at the waiting times
-MAX_WAITING = 0.25  # if threads wait longer for a CPU, of their time, this is said, and they move
+MAX_WAITING = 0.25  # if threads wait a larger share of their time for a CPU, they are moved
 
 
 def read_times():
