@@ -154,7 +154,7 @@ def interact():
 
 
 graphs = {}  # keeps the CUDA graph of a step for the next prompt
-busy_note = threads.BusyNote()  # tells if other processes take much CPU time
+busy_note = threads.BusyNote()  # says if other programs take CPU time, and spreads threads
 rows = 1
 if not stream and not interactive:
     rows = inference.choose_rows(model, prompt_length, max_new_tokens, num_samples,

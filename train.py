@@ -310,7 +310,7 @@ peak_flops = machine.find_peak_flops(device)
 first_iter = iter_num
 mfu = None  # a running mean
 bad_steps = optimizers.BadSteps(device)  # counts skipped updates on the device
-busy_note = threads.BusyNote()  # tells if other processes take much CPU time
+busy_note = threads.BusyNote()  # says if other programs take CPU time, and spreads threads
 gc.freeze()  # the garbage collector need not look at all these objects again and again
 X, Y = get_train_batch(iter_num, 0)
 eval_seconds = 0.0  # of the last evaluation

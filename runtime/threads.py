@@ -86,7 +86,7 @@ class BusyNote:
         new_times = {}
         for thread, (ran, waited) in times.items():
             ran_before, waited_before = self.times.get(thread, (0, 0))
-            new_times[thread] = ran - ran_before, waited - waited_before
+            new_times[thread] = ran - ran_before, waited - waited_before  # since the last look
         self.times = times
         ran = sum(ran for ran, _ in new_times.values())
         waited = sum(waited for _, waited in new_times.values())
