@@ -106,9 +106,7 @@ class LowMemoryAdamW(torch.optim.AdamW):
             state['exp_avg_sq'] = torch.zeros_like(p, dtype=self.moments_dtype)
         exp_avg, exp_avg_sq = state['exp_avg'].float(), state['exp_avg_sq'].float()
         found_inf = getattr(self, 'found_inf', None)
-        state['step'] += 1
-        if found_inf is not None:
-            state['step'] -= found_inf
+        state['step'] += 1 if found_inf is None else 1 - found_inf
         beta1, beta2 = group['betas']
         torch._fused_adamw_(
             [p], [p.grad], [exp_avg], [exp_avg_sq], [], [state['step']], lr=group['lr'],
@@ -132,8 +130,9 @@ class Muon(torch.optim.AdamW):
     """
     __setstate__ = torch.optim.Optimizer.__setstate__  # AdamW's expects its moments in all groups
 
-    def __init__(self, params, lr, betas, eps, weight_decay=0.1, dtype='float32'):
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
+                 dtype='float32'):
+        super().__init__(params, lr, betas, eps, weight_decay, fused=True)
         self.defaults['dtype'] = dtype  # a copy of an optimizer loses other attributes
 
     def add_param_group(self, group):
