@@ -10,7 +10,7 @@ dataset = 'python_bpe'
 data_order = 'epochs'
 gradient_accumulation_steps = 1
 batch_size = 8
-block_size = 256  # 8 x 256 = 2,048 tokens/iter: the run sees 0.7 epochs
+block_size = 256  # 8 x 256 = 2,048 tokens/iter: 1,150 iterations see 0.9 epochs
 
 # 2.75M parameters, 2.1M of them in the table of pairs. In the same time 3 layers see fewer tokens,
 # and their loss is higher

@@ -6,8 +6,8 @@ Measures what each option of the fast recipe is worth: trains without it, with t
 
 The arguments are train.py's, except --dataset: it needs data/shakespeare_char. Its losses serve to
 choose settings, so the val split is not used: the runs train on the first 90% of the train split,
-and are evaluated on the rest of it. There are 30 of them. It runs wherever train.py does. It prints
-a table. The last line is JSON.
+and are evaluated on the rest of it. It runs wherever train.py does. It prints a table. The last
+line is JSON.
 """
 import json
 import os
@@ -33,11 +33,11 @@ VARIANTS = {
     'learned positions instead of RoPE': ['--rope_base=0'],
     'no QK-norm': ['--qk_norm=False'],
     'GELU instead of squared ReLU': ['--relu2=False'],
-    'tied head': ['--tied=True'],
+    'tied output layer': ['--tied=True'],
     'no bigram embeddings': ['--bigrams=0'],
     'no convolution of embeddings': ['--embd_conv=0'],
     'cosine instead of WSD': ['--lr_schedule=cosine'],
-    'random sequences instead of epochs': ['--data_order=random'],
+    'random sampling instead of epochs': ['--data_order=random'],
 }
 
 
@@ -60,7 +60,7 @@ def train(data_dir, *flags):
         run = subprocess.run(command, stdout=subprocess.DEVNULL)
         if run.returncode:
             sys.exit(run.returncode)  # train.py has printed what is wrong
-        iterations, evaluations = read_metrics(out_dir)
+        _, evaluations = read_metrics(out_dir)
     return round(evaluations[-1]['val/loss'], 4)
 
 

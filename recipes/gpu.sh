@@ -14,7 +14,7 @@
 set -uo pipefail
 folder=$(realpath -m "${1:-out-gpu}")
 flags=("${@:2}" --device="${DEVICE:-cuda}")
-parts=${PARTS:-tests bench decode char fast profile}
+parts=${PARTS:-tests bench decode char quick profile}
 python=$(command -v python || command -v python3)
 preset=gpt2_gpu
 tests="$python -m pytest -v --durations=10 -m gpu -p no:cacheprovider --device=${DEVICE:-cuda}
@@ -96,7 +96,7 @@ if wants decode; then
 fi
 char=(config/train_shakespeare_char.py "${flags[@]}" --log_interval=100 "${iters[0]}"
       --out_dir="$folder/run-char" --init_from=scratch)
-fast=(config/train_shakespeare_char_quick.py "${flags[@]}")
+quick=(config/train_shakespeare_char_quick.py "${flags[@]}")
 # the quick recipe with the size, the context and the batch of train_shakespeare_char.py
 large=(--n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=64 --dropout=0.2
        --eval_interval=100 "${iters[@]:1}")
@@ -105,11 +105,11 @@ if wants char; then
     part sample 30 "$python" sample.py --out_dir="$folder/run-char" --num_samples=1 \
         --max_new_tokens=300 --device="${DEVICE:-cuda}"
 fi
-if wants fast; then
-    part fast 60 "$python" train.py "${fast[@]}" --out_dir="$folder/run-fast"
+if wants quick; then
+    part quick 60 "$python" train.py "${quick[@]}" --out_dir="$folder/run-quick"
     if [ $preset = cpu_recipe ]; then large=("${iters[@]:1}"); fi
-    part fast-large 80 "$python" train.py "${fast[@]}" "${large[@]}" \
-        --out_dir="$folder/run-fast-large"
+    part quick-large 80 "$python" train.py "${quick[@]}" "${large[@]}" \
+        --out_dir="$folder/run-quick-large"
 fi
 if wants profile; then
     part profile 50 $bench "${flags[@]}" --batch_size=32 --repeats=3 --profile=True \

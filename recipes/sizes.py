@@ -6,11 +6,11 @@ Compares nanoGPT's recipe with the fast one, at three sizes: a table, and sizes.
         --tokenizer=bpe --vocab_size=2048
     python recipes/sizes.py [FOLDER]
 
-All runs see the same 0.8M tokens of Python's library, a tenth of an epoch: it is the beginning of a
-training. nanoGPT's recipe for small models has a learning rate of 1e-3; a second run has 3e-3. The
-runs are one after the other; run nothing else at the same time. FOLDER is where they and sizes.png
-are written (out-sizes). Seconds count only the training. The last line is JSON. It takes about an
-hour on 2 CPU cores.
+All runs see 0.8M tokens of Python's library, a tenth of an epoch: it is the beginning of a
+training. nanoGPT's recipe draws sequences at random. For small models its learning rate is 1e-3; a
+second run has 3e-3. The fast recipe sees no token twice. The runs are one after the other; run
+nothing else at the same time. FOLDER is where they and sizes.png are written (out-sizes). Seconds
+count only the training. The last line is JSON. It takes half an hour or an hour on 2 CPU cores.
 """
 import json
 import os

@@ -159,8 +159,9 @@ def keep_freed_memory():
     By default glibc returns large blocks to the system, so every step maps and zeroes each page
     again: 11.1 s a step of config/train_shakespeare_char.py instead of 7.3. The peak stays equal.
 
-    The first GiB consists of huge pages. A step of a small model then takes 2 to 4% less time, and
-    the peak is 2 to 6 MiB higher. The GiB is reserved: its pages take memory when they are used.
+    The first GiB consists of huge pages. Where Linux gives them only on request, a step of a small
+    model takes 2 to 4% less time, and the peak is 2 to 6 MiB higher. The GiB is reserved: its pages
+    take memory when they are used.
     """
     try:
         libc = ctypes.CDLL('libc.so.6')

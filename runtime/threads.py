@@ -35,17 +35,26 @@ def read_times():
     times = {}
     for path in glob.glob('/proc/self/task/*/schedstat'):
         with contextlib.suppress(OSError), open(path) as f:  # the thread may have ended
-            ran, waited, _ = f.read().split()
-            times[int(path.split('/')[-2])] = int(ran), int(waited)
+            run_time, wait_time, _ = f.read().split()
+            times[int(path.split('/')[-2])] = int(run_time), int(wait_time)
     return times
+
+
+def subtract(times, times_before):
+    """What the threads ran and waited since times_before, in the form of read_times()."""
+    new_times = {}
+    for thread, (run_time, wait_time) in times.items():
+        run_time_before, wait_time_before = times_before.get(thread, (0, 0))
+        new_times[thread] = run_time - run_time_before, wait_time - wait_time_before
+    return new_times
 
 
 def spread(threads):
     """Moves threads that share a CPU to CPUs without one of these threads, on Linux.
 
-    While one of them spins, the other one can't run. The system leaves them together if as many
-    other processes share another CPU: generating ten sequences then took 9 times as long as on a
-    quiet machine, and 2.2 times with the threads apart. Each thread may still use the same CPUs.
+    While one of them spins, the other one can't run. Linux doesn't move them apart if two other
+    processes share another CPU: generating ten sequences then took 9 times as long as on a quiet
+    machine, and 2.2 times with the threads apart. Each thread may still use the same CPUs.
     """
     threads_by_cpu = {}
     for thread in threads:
@@ -83,21 +92,18 @@ class BusyNote:
             return
         self.next_check = time.monotonic() + CHECK_SECONDS
         times = read_times()
-        new_times = {}
-        for thread, (ran, waited) in times.items():
-            ran_before, waited_before = self.times.get(thread, (0, 0))
-            new_times[thread] = ran - ran_before, waited - waited_before  # since the last look
+        new_times = subtract(times, self.times)
         self.times = times
-        ran = sum(ran for ran, _ in new_times.values())
-        waited = sum(waited for _, waited in new_times.values())
-        if waited <= MAX_WAITING * (ran + waited):
+        total_time = sum(map(sum, new_times.values()))
+        wait_time = sum(pair[1] for pair in new_times.values())
+        if wait_time <= MAX_WAITING * total_time:
             return
-        most = max(map(sum, new_times.values()))
-        spread(thread for thread, pair in new_times.items() if sum(pair) > most / 4)
+        max_time = max(map(sum, new_times.values()))
+        spread(thread for thread, pair in new_times.items() if sum(pair) > max_time / 4)
         if not self.was_noted:
-            note(f'the threads waited for a CPU {100 * waited / (ran + waited):.0f}% of their '
-                 'time, so this is slower than it could be: other programs use this machine, or '
-                 'there are more threads than CPUs')
+            note(f'the threads waited for a CPU {100 * wait_time / total_time:.0f}% of their time, '
+                 'so this is slower than it could be: other programs use this machine, there are '
+                 'more threads than CPUs, or a container limits the CPU time')
             self.was_noted = True
 
     def watch(self, steps):
@@ -107,16 +113,20 @@ class BusyNote:
             self.check()
 
 
-# a process that keeps a core busy until its parent has ended
+# a process that keeps a core busy until its parent has ended, which closes its stdin
 HOG = """
-import os, sys
-parent = os.getppid()
+import os, sys, threading
+
+def wait_for_the_end():
+    sys.stdin.read()
+    os._exit(0)
+
 if hasattr(os, 'nice'):
     os.nice(int(sys.argv[1]))
+threading.Thread(target=wait_for_the_end, daemon=True).start()
 print('ready', flush=True)
-while os.getppid() == parent:
-    for _ in range(1_000_000):
-        pass
+while True:
+    pass
 """
 
 
@@ -130,7 +140,7 @@ def keep_cores_busy(niceness):
     try:
         for _ in range(num_cores):
             processes.append(subprocess.Popen(
-                [sys.executable, '-c', HOG, str(niceness)], stdin=subprocess.DEVNULL,
+                [sys.executable, '-c', HOG, str(niceness)], stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True))
         for process in processes:
             process.stdout.readline()

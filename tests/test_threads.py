@@ -1,6 +1,7 @@
 """How torch's threads wait, and what is said on a machine that is busy with something else."""
 import ast
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ import torch
 from conftest import ROOT, TINY, run
 from test_bench import SMALL
 
-from runtime import checkpoint, threads
+from runtime import checkpoint, threads, timing
 
 needs_schedstat = pytest.mark.skipif(not os.path.exists('/proc/self/schedstat'),
                                      reason='only Linux tells how long threads waited')
@@ -78,18 +79,30 @@ def compute(seconds):
 
 
 @needs_schedstat
-def test_a_busy_machine_is_noted_once(capfd, monkeypatch):
+def test_a_busy_machine_is_noted_once_and_threads_are_spread(capfd, monkeypatch):
+    spread_threads = []
+    monkeypatch.setattr(threads, 'spread', lambda ids: spread_threads.append(list(ids)))
     monkeypatch.setattr(threads, 'CHECK_SECONDS', 0.5)
-    note = threads.BusyNote()
-    with contextlib.ExitStack() as stack:
-        for _ in range(4):
-            stack.enter_context(threads.keep_cores_busy(0))
-        for _ in range(4):
-            compute(0.6)
-            note.check()
+    cpus = os.sched_getaffinity(0)
+    event = threading.Event()
+    thread = threading.Thread(target=event.wait)  # it sleeps, so it is not moved
+    thread.start()
+    try:
+        os.sched_setaffinity(0, {min(cpus)})  # all on one CPU
+        note = threads.BusyNote()
+        with contextlib.ExitStack() as stack:
+            for _ in range(4):
+                stack.enter_context(threads.keep_cores_busy(0))
+            for _ in range(4):
+                compute(0.6)
+                note.check()
+    finally:
+        os.sched_setaffinity(0, cpus)
+        event.set()
     error = capfd.readouterr().err
     assert re.fullmatch(r'the threads waited for a CPU \d+% of their time, so this is slower .*\n',
                         error)
+    assert spread_threads == 4 * [[threading.get_native_id()]]
 
 
 @needs_schedstat
@@ -188,6 +201,21 @@ def test_bench_makes_the_load(tmp_path):
         assert result[f'slowdown_next_to_nice_{niceness}'] > 0
 
 
+def test_the_work_is_measured_next_to_the_load(monkeypatch):
+    loads, loads_at_work = [None], []
+
+    @contextlib.contextmanager
+    def keep_cores_busy(niceness):
+        loads.append(niceness)
+        yield
+        loads.append(None)
+
+    monkeypatch.setattr(timing, 'keep_cores_busy', keep_cores_busy)
+    timing.print_slowdowns(lambda: loads_at_work.append(loads[-1]), torch.device('cpu'), 3, 1, ())
+    assert [load for load, _ in itertools.groupby(loads_at_work)] == [None, 10, 0]
+
+
+@pytest.mark.skipif(not hasattr(os, 'sched_getaffinity'), reason='only Linux tells the CPUs')
 def test_the_load_runs_and_ends_with_its_context():
     with pytest.raises(KeyboardInterrupt), threads.keep_cores_busy(10) as processes:
         own_niceness = os.getpriority(os.PRIO_PROCESS, 0)
@@ -199,6 +227,14 @@ def test_the_load_runs_and_ends_with_its_context():
     assert None not in [process.poll() for process in processes]
 
 
+def is_running(pid):
+    """Whether the process has not ended; one that waits to be removed (a zombie) has."""
+    with contextlib.suppress(FileNotFoundError), open(f'/proc/{pid}/stat') as f:
+        return f.read().rsplit(')', 1)[1].split()[0] != 'Z'
+    return False
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_the_load_ends_when_its_parent_is_killed():
     program = ('from runtime import threads\nimport os\n'
                'with threads.keep_cores_busy(10) as processes:\n'
@@ -209,7 +245,7 @@ def test_the_load_ends_when_its_parent_is_killed():
     assert result.returncode == -9
     pids = [int(pid) for pid in result.stdout.split()]
     deadline = time.monotonic() + 60
-    while any(os.path.exists(f'/proc/{pid}') for pid in pids):
+    while any(map(is_running, pids)):
         assert time.monotonic() < deadline
 
 
