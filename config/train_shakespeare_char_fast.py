@@ -1,5 +1,5 @@
 # trains a small character model on Shakespeare with newer options (Muon, RoPE, QK-norm, ReLU^2,
-# embeddings of character pairs). It reaches the val loss of nanoGPT's GPU recipe
+# WSD, embeddings of character pairs). It reaches the val loss of nanoGPT's GPU recipe
 out_dir = 'out-shakespeare-char-fast'
 eval_interval = 500
 eval_iters = 0  # the whole val split
@@ -22,6 +22,7 @@ embd_conv = 2
 rope_base = 100.0  # wavelengths for some hundred tokens, not for thousands
 qk_norm = True
 relu2 = True
+tied = False
 
 optim = 'muon'
 momentum = 0.9
@@ -29,6 +30,8 @@ learning_rate = 4e-3
 weight_decay = 0.5
 beta1 = 0.8
 beta2 = 0.95
+lr_schedule = 'wsd'
+decay_share = 0.8
 max_iters = 1850
 lr_decay_iters = 1850  # = max_iters
 min_lr = 0.0
