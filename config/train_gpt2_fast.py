@@ -28,6 +28,7 @@ tied = False
 
 optim = 'muon'
 learning_rate = 2e-3  # a guess: half of the smaller models', because this one is wider
+# momentum and beta1 stay at their defaults of 0.95 and 0.9, a guess: the smaller models have less
 weight_decay = 0.1  # a guess: a fifth of the smaller models', because no token comes twice
 lr_schedule = 'wsd'
 decay_share = 0.8

@@ -12,8 +12,8 @@ gradient_accumulation_steps = 1
 batch_size = 8
 block_size = 256  # 8 x 256 = 2,048 tokens/iter: the run sees 3.8 epochs
 
-# 0.96M parameters, more than half of them in the table of pairs. In as many operations 3 or 4
-# layers see fewer tokens, and their loss is higher
+# 0.96M parameters, more than half of them in the table of pairs. For the same amount of
+# computing 3 or 4 layers see fewer tokens, and their loss is higher
 n_layer = 2
 n_head = 2
 n_embd = 128
@@ -33,6 +33,6 @@ beta2 = 0.95
 lr_schedule = 'wsd'
 decay_share = 0.8
 max_iters = 1850
-lr_decay_iters = 1850  # = max_iters
+lr_decay_iters = 1850  # = max_iters; for a run of another length change both
 min_lr = 0.0
 warmup_iters = 20

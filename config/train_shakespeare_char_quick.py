@@ -31,6 +31,6 @@ beta2 = 0.95
 lr_schedule = 'wsd'
 decay_share = 0.8
 max_iters = 80
-lr_decay_iters = 80  # = max_iters
+lr_decay_iters = 80  # = max_iters; for a run of another length change both
 min_lr = 0.0
 warmup_iters = 5

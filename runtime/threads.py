@@ -103,7 +103,8 @@ class BusyNote:
         if not self.was_noted:
             note(f'the threads waited for a CPU {100 * wait_time / total_time:.0f}% of their time, '
                  'so this is slower than it could be: other programs use this machine, there are '
-                 'more threads than CPUs, or a container limits the CPU time')
+                 'more threads than CPUs, or a container limits the CPU time '
+                 '(docs/troubleshooting.md has more)')
             self.was_noted = True
 
     def watch(self, steps):

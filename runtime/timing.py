@@ -272,7 +272,7 @@ def print_slowdowns(work, device, repeats, tokens, short_works):
             times, = measure_in_turns([work], device, repeats, tokens, short_works)
         slowdown = statistics.median(times) / statistics.median(times_alone)
         print_row(f'ms, next to nice {niceness}', [1000 * t for t in times])
-        print(f'{"times as long":26} {slowdown:25.2f}')
+        print(f'{"times as long as alone":26} {slowdown:25.2f}')
         result[f'slowdown_next_to_nice_{niceness}'] = slowdown
     return result
 

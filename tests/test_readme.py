@@ -17,7 +17,7 @@ PAGES = ['README.md', 'CONTRIBUTING.md', *sorted(
 SET_UP = [
     'python3 -m venv .venv && . .venv/bin/activate && pip install -q -r requirements.txt && '
     'python data/python_bpe/prepare.py && python train.py config/train_python_bpe.py && '
-    'python sample.py --out_dir=out-python-bpe --start="def load_file(path):" '
+    'python sample.py --out_dir=out-python-bpe --start="def close(self):" '
     '--num_samples=1 --temperature=0.6',
     'python3 -m venv .venv && .venv/bin/pip install -q -r requirements-dev.txt && '
     '.venv/bin/python -m pytest']
