@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 from plot import locate, read_metrics
 from runtime.console import ROOT, fail
+from runtime.dataset import locate_data
 
 SIZES = {  # by the parameters of the model that AdamW trains
     '1M': ['--n_layer=4', '--n_head=2', '--n_embd=128'],
@@ -79,7 +80,7 @@ if {'-h', '--help'} & set(sys.argv):
     print(__doc__)
     sys.exit()
 folder = os.path.abspath(sys.argv[1] if len(sys.argv) > 1 else 'out-sizes')
-if not os.path.isdir(os.path.join(ROOT, 'data', 'python_library')):
+if not locate_data('python_library'):
     fail('data/python_library is missing', 'python recipes/sizes.py --help has the command')
 curves = {}
 for size in SIZES:

@@ -270,7 +270,7 @@ def test_muon_multiplies_in_bfloat16_if_the_run_does():
         assert torch.equal(half, wide)  # float16 has too few exponents
         change = (wide - narrow).norm() / (wide - p).norm()
         if '.h.' in name and p.dim() == 2:
-            assert 0 < change < 0.1  # five steps of rounding to 8 bits; 0.036 on an AMD
+            assert 0 < change < 0.05  # five steps of rounding to 8 bits; 0.037, also with AVX2
         else:
             assert change == 0
 
