@@ -44,6 +44,7 @@ format = 'text'  # text | jsonl (one line of JSON per sample)
 # system
 device = 'auto'  # cpu | cuda | cuda:1 | mps | xpu | auto: the accelerator if there is one
 dtype = 'auto'  # float32 | bfloat16 | float16 | auto: the fastest that is safe
+weights = 'auto'  # int8 | int4 (on a CPU: faster, less memory, less exact) | bfloat16 | auto: dtype
 compile = 'auto'  # torch.compile the model: True | False | auto: False
 exec(open(os.path.join(ROOT, 'configurator.py'), encoding='utf-8').read())
 
@@ -54,6 +55,7 @@ start = read_prompt(start)
 stops = parse_stops(stop)
 device, device_reason = machine.choose_device(device)
 device_type = torch.device(device).type
+dtype = machine.fit_dtype(weights, dtype, device_type, compile)
 dtype, dtype_reason = machine.choose_dtype(dtype, device_type, sampling=True)
 compile = compile != 'auto' and machine.choose_compile(compile, device_type)[0]
 machine.prepare_sampling(device, seed)
@@ -159,11 +161,11 @@ rows = 1
 if not stream and not interactive:
     rows = inference.choose_rows(model, prompt_length, max_new_tokens, num_samples,
                                  memory.read_free_memory(device))
-note(f'memory: {report.describe_memory(model, prompt_length, max_new_tokens, rows)}')
 if compile:
     inference.compile_forward(model)
 elif device_type == 'cpu':
-    inference.pack_linears(model, rows)
+    inference.pack_linears(model, rows, weights)
+note(f'memory: {report.describe_memory(model, prompt_length, max_new_tokens, rows)}')
 if interactive:
     sys.exit(interact())
 for first_sample in range(0, num_samples, rows):

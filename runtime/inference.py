@@ -6,13 +6,16 @@ import math
 import threading
 
 import torch
-import torch.nn as nn
 
 from runtime import compiler
+from runtime.cache_checks import can_cache, check_heads, note_once
 from runtime.console import fail, get_first_line, note
-from runtime.kv_cache import CachedModel, can_cache, check_heads, note_once
-from runtime.originals import is_original, is_original_model, is_unchanged
+from runtime.kv_cache import CachedBlock, CachedModel
+from runtime.linears import list_linears, pack
+from runtime.memory import has_room, return_freed_memory
+from runtime.originals import is_original, is_original_model
 
+MIN_PACKED_TOKENS = 32  # packing 124M takes as long as it saves with 12 tokens
 lock = threading.RLock()  # several threads may generate with one model
 
 
@@ -86,6 +89,8 @@ def draw_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=N
                 graphs.clear()  # one takes enough memory
             if not decoder:
                 decoder = Decoder(model, size, static, options)
+                if is_unchanged_model and idx.device.type == 'cpu' and max_new_tokens > 1:
+                    decoder.speed_up(len(idx), max_new_tokens)
             decoder.cache.length = 0
     # inference mode and CUDA graphs may break a changed model. A graph costs as much as some steps
     mode = torch.inference_mode if is_unchanged_model else torch.no_grad
@@ -97,6 +102,8 @@ def draw_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=N
                 if decoder and decoder.is_full(idx_next):
                     keep_graph(decoder, graphs, key)
                     decoder = None  # frees the cache
+                    note_once(f'the context of {block_size} tokens is full, so from here on each '
+                              'new token computes all of it again, which takes longer')
                 if decoder:
                     idx_next = decoder.draw(idx_next, makes_graph)
                 else:
@@ -165,7 +172,8 @@ def count_cache_bytes(model, prompt_length, max_new_tokens):
     c = model.config
     weight = next(model.parameters())
     tokens = choose_cache_size(c.block_size, prompt_length + max_new_tokens, weight.is_cuda)
-    return 2 * c.n_layer * c.n_embd * tokens * weight.itemsize
+    itemsize = max(4, weight.itemsize) if weight.device.type == 'cpu' else weight.itemsize
+    return 2 * c.n_layer * c.n_embd * tokens * itemsize
 
 
 def choose_rows(model, prompt_length, max_new_tokens, num_samples, free_bytes):
@@ -184,23 +192,6 @@ def choose_rows(model, prompt_length, max_new_tokens, num_samples, free_bytes):
 
 # -----------------------------------------------------------------------------
 # faster steps
-class PackedLinear(nn.Module):
-    """A linear layer for inference on a CPU, its weight in the blocks that oneDNN multiplies."""
-
-    def __init__(self, linear, rows):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.blocks = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
-        self.bias = linear.bias
-
-    @property
-    def weight(self):  # for a model that somebody has changed so that it reads this
-        return self.blocks.to_dense()
-
-    def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.blocks, self.bias, 'none', [], '')
-
-
 def convert(model, device, dtype):
     """Moves the model to the device for sampling; returns its dtype, the name of which is given.
 
@@ -220,29 +211,24 @@ def convert(model, device, dtype):
     return dtype
 
 
-def pack_linears(model, rows):
+def pack_linears(model, rows, weights='auto'):
     """Makes a model on a CPU generate `rows` sequences at once faster.
 
-    Afterwards it can't be trained or saved. A token takes 16 ms instead of 22 at 124M in bfloat16,
-    and 37 instead of 69 in float32; ten rows take 33 instead of 43.
+    weights: 'int8', 'int4', or anything else for the format that they have. With int4 layers that
+    don't fit have 8 bits, and so has the output layer. The model can't be trained or saved then.
     """
-    if not torch.backends.mkldnn.is_available():
-        return
-    is_bfloat16 = next(model.parameters()).dtype == torch.bfloat16
-    if is_bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return
-    # a list of all linear layers would keep every weight twice
-    for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
-        for name, child in parent.named_children():
-            if is_unchanged(child, 'Linear'):
-                setattr(parent, name, PackedLinear(child, rows))
+    linears = list(list_linears(model))
+    while linears:  # a layer that stays in the list would keep its weight
+        layers, name, linear = linears.pop()
+        layers[name] = pack(linear, name, rows, weights)
+    linear = None
+    model.requires_grad_(False)  # nor can the weights that are left
+    return_freed_memory()
 
 
 def compile_forward(model):
-    """torch.compile() of the forward pass, for generation.
-
-    Without the option torch compiles again for each length of the KV cache.
-    """
+    """torch.compile() of the forward pass, for generation."""
+    # without this torch compiles again for each length of the KV cache
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
     compiler.compile_in_place(model)
 
@@ -259,6 +245,20 @@ class Decoder:
         self.cache = self.cached_model.cache
         self.options = options  # of sample()
         self.graph = self.token = self.next_token = None
+
+    def speed_up(self, rows, max_new_tokens):
+        """Exchanges parts of an unchanged model on a CPU, only in its steps: it can be trained."""
+        model, parts = self.cached_model.model, self.cached_model.parts
+        if any(type(p) is not torch.nn.Parameter for p in model.parameters()):
+            return  # a subclass, as of sharded weights, has its own ways
+        blocks = model.transformer.h._modules
+        parts += [(blocks, name, CachedBlock(block)) for name, block in blocks.items()
+                  if CachedBlock.fits(block)]
+        if max_new_tokens < MIN_PACKED_TOKENS or torch.is_autocast_enabled('cpu'):
+            return
+        linears = list(list_linears(model))
+        if has_room(2 * sum(linear.weight.nbytes for _, _, linear in linears), 'cpu'):
+            parts += [(layers, name, pack(linear, name, rows)) for layers, name, linear in linears]
 
     def is_full(self, idx_next):
         return self.cached_model.is_full(idx_next.size(1))

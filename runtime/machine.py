@@ -75,6 +75,20 @@ def choose_dtype(dtype, device_type, sampling=False):
     return 'float32', f'the default on {device_type}'
 
 
+def fit_dtype(weights, dtype, device_type, compile):
+    """The setting dtype for this setting `weights` of sampling; fails if that can't be had."""
+    if weights in ('int8', 'int4') and device_type != 'cpu':
+        fail(f'weights={weights} works only on a CPU, and this is {device_type}',
+             'leave it out, or add --device=cpu')
+    if weights in ('int8', 'int4') and compile is True:
+        fail(f'weights={weights} does not work with compile=True', 'leave one of them out')
+    if weights != 'bfloat16':
+        return dtype
+    if dtype not in ('auto', 'bfloat16'):
+        fail(f'weights=bfloat16 does not work with dtype={dtype}', 'leave one of them out')
+    return 'bfloat16'
+
+
 def choose_cpu_dtype(sampling):
     """choose_dtype() for 'auto' on a CPU: bfloat16 only where it is the faster format."""
     def supports(instructions):

@@ -60,6 +60,7 @@ CHOICES = {
     'data_order': ('random', 'epochs'), 'format': ('text', 'jsonl'),
     'what': ('train', 'data', 'prefill', 'decode', 'run', 'start'),
     'dtype': ('auto', 'float32', 'bfloat16', 'float16'), 'compile': ('auto', True, False),
+    'weights': ('auto', 'bfloat16', 'int8', 'int4'),
 }
 
 

@@ -529,4 +529,4 @@ def test_hooks_that_change_activations(path, hook, is_accelerated, tmp_path, cap
     assert line.count('\n') == 1
     handle.remove()
     assert torch.equal(model.generate(prompt, 40, temperature=0), unhooked)
-    assert capsys.readouterr().err == ''
+    assert 'without a KV cache' not in capsys.readouterr().err

@@ -14,7 +14,7 @@ from edits import (
 )
 from torch.nn import functional as F
 
-from runtime.kv_cache import note_once
+from runtime.cache_checks import note_once
 
 # places in model.py
 NORM = '        super().__init__(ndim, bias=bias)\n'

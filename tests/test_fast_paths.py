@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import model as model_py
 from model import GPT, Block, GPTConfig
-from runtime import kernels, kv_cache, optimizers, originals
+from runtime import cache_checks, kernels, optimizers, originals
 from runtime.inference import note_once
 
 LARGE = 50304  # with this vocabulary the faster loss is used
@@ -100,7 +100,7 @@ def test_tokens_that_mean_something_to_a_changed_model(border, prompt):
     model = make_model(LARGE, Counting)
     prompt = torch.tensor(prompt)
     model.generate(make_prompt(), 2)  # without such a token
-    assert not kv_cache.can_cache(model, prompt)
+    assert not cache_checks.can_cache(model, prompt)
     check_generate(model, prompt, 6)
 
 
@@ -132,7 +132,7 @@ def test_a_look_leaves_the_model_as_it_was():
     model.train()
     model.transformer.h[1].eval()
     modes = {module: module.training for module in model.modules()}
-    kv_cache.can_cache(model, make_prompt())
+    cache_checks.can_cache(model, make_prompt())
     assert {module: module.training for module in model.modules()} == modes
     assert not layer.merged and counter.steps == 0
 
@@ -170,7 +170,7 @@ def test_code_that_a_notebook_reloads(monkeypatch):
     assert not torch.equal(check_generate(model, prompt), before), 'no effect'
     monkeypatch.undo()
     assert torch.equal(check_generate(model, prompt), before)
-    assert kv_cache.can_cache(model, prompt)
+    assert cache_checks.can_cache(model, prompt)
 
 
 @torch.library.custom_op('tests::doubled_loss', mutates_args=())
@@ -521,14 +521,14 @@ def test_ids_that_are_looked_up_by_the_next_token():
             return x * (1 + (F.pad(idx, (1, 0), value=-1)[:, :-1] == 0)[..., None])
 
     model = make_model(65, Following)
-    assert not kv_cache.can_cache(model, make_prompt(vocab_size=65))
+    assert not cache_checks.can_cache(model, make_prompt(vocab_size=65))
 
 
 def test_hooks_of_the_backward_pass_leave_the_cache(capsys):
     model = make_model()
     handle = nn.modules.module.register_module_full_backward_hook(lambda *args: None)
     try:
-        assert kv_cache.can_cache(model, make_prompt())
+        assert cache_checks.can_cache(model, make_prompt())
     finally:
         handle.remove()
     assert capsys.readouterr().err == ''
@@ -565,7 +565,7 @@ def test_buffers_after_a_look(kind):
         model = square_activations(make_model(cls=Counting, qk_norm=True))
     model.register_buffer('calls', torch.ones(1, 1).expand(4, 4))
     calls = model.calls
-    assert kv_cache.can_cache(model, make_prompt())
+    assert cache_checks.can_cache(model, make_prompt())
     assert model.calls is calls and (calls == 1).all()
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import model as model_py
 from model import GPT, Attention, GPTConfig
 from runtime import inference, kernels
-from runtime.kv_cache import CachedAttention, CachedModel
+from runtime.kv_cache import CachedAttention, CachedBlock, CachedModel
 
 OPTIONS = dict(rope_base=100.0, qk_norm=True, relu2=True, tied=False, bigrams=60, embd_conv=2)
 SHAPE = dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
@@ -450,3 +450,31 @@ def test_a_full_context_frees_the_cache(monkeypatch):
     for n in range(20):
         next(stream)
         assert (caches[0]() is None) == (n > 11)
+
+
+def test_a_line_when_the_context_is_full(capsys):
+    inference.note_once.cache_clear()
+    model, prompt = make_model(), torch.randint(50, (1, 5))
+    model.generate(prompt, 11)
+    assert capsys.readouterr().err == ''
+    for _ in range(2):
+        model.generate(prompt, 12)  # the last token is computed from 16 others
+        model.generate(prompt, 20)
+    assert capsys.readouterr().err.count('the context of 16 tokens is full') == 1
+    make_fast_model().generate(prompt, 20)  # rotary positions can stay
+    assert capsys.readouterr().err == ''
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('bias', [True, False])
+def test_a_step_of_all_of_a_block(dtype, bias):
+    model = make_model(bias=bias).to(dtype)
+    kernels.accelerate(model, 'cpu', str(dtype).removeprefix('torch.'))
+    plain, fast = CachedModel(model, 16), inference.Decoder(model, 16, False, ())
+    fast.speed_up(3, 8)
+    assert sum(type(part) is CachedBlock for _, _, part in fast.cached_model.parts) == 2
+    idx = torch.randint(50, (3, 12))
+    with torch.inference_mode():
+        for T in (slice(4), *(slice(t, t + 1) for t in range(4, 12))):
+            logits, expected = fast.cached_model(idx[:, T]), plain(idx[:, T])
+            torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)

@@ -91,13 +91,41 @@ def test_sampling_takes_little_more_than_the_weights(bpe, shape):
     tokens = 500 if config.n_layer == 48 else 50
     command = [os.path.join(ROOT, 'sample.py'), '--init_from=gpt', '--dtype=bfloat16',
                f'--max_new_tokens={tokens}']
-    cache = 2 * 2 * config.n_layer * config.n_embd * (tokens + 1)
+    cache = 2 * 4 * config.n_layer * config.n_embd * (tokens + 1)  # in float32
     packed = 2 * config.vocab_size * config.n_embd  # the output layer has its own copy
     one, three = (measure_peak(folder, *command, f'--num_samples={rows}') for rows in (1, 3))
     assert one < weights + packed + cache + 100e6
     assert three - one < 2 * cache + 20e6
     if config.n_layer == 48:
-        assert one < 1.15 * weights
+        assert one < 1.2 * weights
+
+
+def measure_sizes(folder, *flags):
+    """(bytes, peak of bytes) of sample.py's process when it asks for a prompt."""
+    command = [sys.executable, os.path.join(ROOT, 'sample.py'), '--init_from=gpt', '--interactive',
+               '--device=cpu', '--dtype=bfloat16', *flags]
+    with subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as process:
+        assert process.stdout.read(2) == '> '
+        with open(f'/proc/{process.pid}/status') as f:
+            status = dict(line.split(':', 1) for line in f)
+        process.stdin.close()
+    return [1024 * int(status[key].split()[0]) for key in ('VmRSS', 'VmHWM')]
+
+
+@linux
+def test_memory_of_weights_of_4_bits(bpe, shape):
+    folder, config = shape
+    weights, embeddings = weight_bytes(config), 2 * config.vocab_size * config.n_embd
+    num_bytes, _ = measure_sizes(folder)
+    num_bytes_4, peak_4 = measure_sizes(folder, '--weights=int4')
+    # 16 bits become 4 and those of a scale and an offset for 32 weights; the output layer has 8,
+    # instead of 16, and the embedding stays
+    saved_bytes = (weights - embeddings) * (1 - 5 / 16) + embeddings / 2
+    assert num_bytes_4 < num_bytes - 0.9 * saved_bytes
+    assert peak_4 < weights + 2 * embeddings + 350e6  # copies of the output layer, and torch itself
+    if config.n_layer == 48:
+        assert num_bytes_4 < 1.7e9 and peak_4 < 1.2 * weights
 
 
 @linux

@@ -13,7 +13,7 @@ from test_kernels import FAST, assert_near, list_kinds, make_batch, make_model, 
 from torch.nn import functional as F
 
 import model as model_py
-from runtime import inference, kernels
+from runtime import inference, kernels, linears
 
 PATHS = {'Attention': ('attn.attention',), 'LossHead': ('loss_head',), 'SquaredReLU': ('mlp.gelu',),
          'Dropout': ('transformer.drop', 'attn.resid_dropout', 'mlp.dropout')}
@@ -303,7 +303,7 @@ def test_a_changed_linear_layer_is_not_packed(change, monkeypatch):
     lm_head = model.lm_head
     inference.pack_linears(model, 2)
     assert model.lm_head is lm_head
-    assert type(model.transformer.h[0].mlp.c_fc) is inference.PackedLinear
+    assert type(model.transformer.h[0].mlp.c_fc) is linears.PackedLinear
     torch.testing.assert_close(model(idx)[0], changed, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(changed, 2 * unchanged)
 
