@@ -67,6 +67,7 @@ activation_checkpointing = False
 seed = 1337
 device = 'auto'  # cpu | cuda | cuda:1 | mps | xpu | auto: the accelerator if there is one
 dtype = 'auto'  # float32 | bfloat16 | float16 | auto: the fastest that is safe
+weights = 'auto'  # prefill and decode on a CPU: int8 | int4 | bfloat16 | auto: dtype
 compile = 'auto'  # torch.compile the model: True | False | auto: True for training on CUDA
 profile = False  # print the top operators, and write out_dir/trace.json
 out_dir = 'out-bench'  # folder for the trace
@@ -81,6 +82,7 @@ if what not in choices:
 is_sampling = what in ('prefill', 'decode')
 device, device_reason = machine.choose_device(device)
 device_type = torch.device(device).type
+dtype = machine.fit_dtype(weights, dtype, device_type, compile)
 dtype, dtype_reason = machine.choose_dtype(dtype, device_type, is_sampling)
 ptdtype = getattr(torch, dtype)
 if compile == 'auto' and is_sampling:
@@ -120,17 +122,15 @@ if activation_checkpointing:
 model.to(device, ptdtype if is_sampling else torch.float32)
 
 
-def make_optimizer(model):
-    """As in train.py; AdamW for a model of transformers."""
-    optimizer = GPT.configure_optimizers(model, 0.1, 1e-4, (0.9, 0.95), device_type)
-    if isinstance(model, GPT):
-        optimizer = optimizers.specialize(optimizer, optim, moments_dtype, 0.95, model, dtype)
-    return optimizer
+def make_optimizer():
+    """As in train.py."""
+    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device_type)
+    return optimizers.specialize(optimizer, optim, moments_dtype, 0.95, model, dtype)
 
 
 free_bytes = memory.read_free_memory(device)
 if what == 'train' and free_bytes:
-    optimizer_bytes = optimizers.count_state_bytes(make_optimizer(model))
+    optimizer_bytes = optimizers.count_state_bytes(make_optimizer())
     while batch_size > 1 and free_bytes < sum(memory.estimate_training_bytes(
             model.config, model.get_num_params(False), optimizer_bytes, batch_size, dtype,
             device_type, kernels.stores_logits(model), compile, activation_checkpointing)):
@@ -174,18 +174,16 @@ def prepare_slices():
     return work
 
 
-def prepare_training(model, compute_loss):
+def prepare_training():
     """An iteration as in train.py: a batch, forward and backward pass, clipping, an update."""
-    optimizer = make_optimizer(model)
+    optimizer = make_optimizer()
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == 'float16')
-    called_model = model
-    if compile:  # transformers' model has nothing of ours
-        called_model = kernels.compile_model(model)
+    called_model = kernels.compile_model(model) if compile else model
     next_batch = prepare_data()
 
     def work():
         with ctx, kernels.loss_only(model):
-            loss = compute_loss(called_model, *next_batch())
+            _, loss = called_model(*next_batch())
         scaler.scale(optimizers.nan_unless_finite(loss)).backward()
         optimizers.clip_and_step(optimizer, scaler, 1.0)
         optimizer.zero_grad(set_to_none=True)
@@ -200,33 +198,26 @@ def prepare_sampling():
     if compile:
         inference.compile_forward(model)
     elif device_type == 'cpu':
-        inference.pack_linears(model, num_samples)
+        inference.pack_linears(model, num_samples, weights)
     length = max_new_tokens if what == 'decode' else 1
     options = dict(temperature=0.8, top_k=200, graphs={})
     return lambda: list(busy_note.watch(inference.stream(model, prompt, length, **options)))
 
 
-def prepare_transformers():
-    """The same by the GPT-2 of transformers; it samples in bfloat16, with sdpa and its cache."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-    hf = GPT2LMHeadModel(GPT2Config(
-        vocab_size=vocab_size, n_positions=block_size, n_embd=n_embd, n_layer=n_layer,
-        n_head=n_head, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
-        attn_implementation='sdpa', bos_token_id=0, eos_token_id=0)).to(device)
-    if what == 'train':
-        return prepare_training(hf.train(), lambda hf, X, Y: hf(X, labels=X, use_cache=False).loss)
-    hf.eval().to(torch.bfloat16)
-    if what == 'prefill':
-        return torch.inference_mode()(lambda: hf(prompt, use_cache=True).logits)
-    return torch.inference_mode()(lambda: hf.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max_new_tokens,
-        min_new_tokens=max_new_tokens, do_sample=True, temperature=0.8, top_k=200, pad_token_id=0))
+def list_hf_command():
+    """The command that does the same by the GPT-2 of transformers."""
+    names = ('n_layer', 'n_head', 'n_embd', 'block_size', 'dropout', 'num_samples',
+             'max_new_tokens', 'what')
+    flags = [f'--{name}={config[name]}' for name in names]
+    return [sys.executable, os.path.join(ROOT, 'recipes', 'peers', 'hf.py'), *flags,
+            f'--vocab_size={vocab_size}', f'--batch_size={batch_size}', f'--device={device}',
+            f'--dtype={dtype}', '--turns=True']
 
 
 def prepare_ours():
     """The work of this repository."""
     if what == 'train':
-        return prepare_training(model, lambda model, X, Y: model(X, Y)[1])
+        return prepare_training()
     if what == 'run':  # train.py, with the arguments that aren't only this script's
         own_flags = '--(what|compare|busy|repeats|num_samples|max_new_tokens|real_data|profile)'
         args = [arg for arg in sys.argv[1:] if not re.match(own_flags, arg)]
@@ -249,9 +240,9 @@ scratch = tempfile.TemporaryDirectory()
 ours = prepare_ours()
 works = [ours]
 if compare:
-    other = {'hf': prepare_transformers, 'slices': prepare_slices}.get(compare)
-    works.append(other() if other else timing.run_process(shlex.split(compare)))
-in_process = works if compare in ('hf', 'slices') else [ours]
+    command = list_hf_command() if compare == 'hf' else shlex.split(compare)
+    works.append(prepare_slices() if compare == 'slices' else timing.run_process(command))
+in_process = works if compare == 'slices' else [ours]
 if what in ('run', 'start'):  # a process is measured from its start
     in_process = []
 timing.warm_up(in_process, device)
@@ -285,7 +276,8 @@ if what == 'prefill':
     flops = timing.count_prefill_flops(model.config, num_params, num_samples, prompt_length)
     result.update(timing.print_matmul_share(times, flops, device, ptdtype))
 if what == 'decode':  # each token needs all the weights once
-    num_bytes = num_params * ptdtype.itemsize
+    num_bytes = sum(getattr(layer, 'num_bytes', 0) for layer in model.modules())
+    num_bytes = num_bytes or num_params * ptdtype.itemsize
     result.update(timing.print_read_share(times, max_new_tokens, num_bytes, device))
 if peak_bytes:
     print(f'{"peak memory":26} {format_bytes(peak_bytes):>12}')

@@ -60,6 +60,8 @@ def take_turns(command):
         if not line:
             fail(f'{shlex.join(command)} ended with status {process.wait()}')
         return line
+
+    work()  # otherwise it would load while the first work is measured
     return work
 
 
@@ -183,10 +185,7 @@ def unite(events):
 # -----------------------------------------------------------------------------
 # the device's own rates
 def measure_best(work, device):
-    """The seconds of the work, the best of three timings.
-
-    Short work is repeated within each, so that starting it and waiting for it don't count.
-    """
+    """The seconds of the work, the best of three timings; short work is repeated within each."""
     measure(work, device)
     repeats = max(1, min(200, int(0.1 / measure(work, device))))
     return min(measure(work, device, repeats) for _ in range(3))
