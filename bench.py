@@ -80,6 +80,8 @@ choices = {'hf': ('train', 'prefill', 'decode'), 'slices': ('data',)}.get(compar
 if what not in choices:
     fail(f'compare={compare} does not work with what={what}', f'use it with {", ".join(choices)}')
 is_sampling = what in ('prefill', 'decode')
+if weights != 'auto' and not is_sampling:
+    fail(f'weights={weights} does not work with what={what}', 'use it with prefill or decode')
 device, device_reason = machine.choose_device(device)
 device_type = torch.device(device).type
 dtype = machine.fit_dtype(weights, dtype, device_type, compile)
@@ -257,8 +259,8 @@ peak_bytes = timing.read_peak_memory(device)
 dt = statistics.median(times)
 name = torch.cuda.get_device_name(device) if device_type == 'cuda' else device
 compile = config['compile'] if compile is None else compile and not has_failed()
-result = dict(what=what, compare=compare, device=name, dtype=dtype, compile=compile,
-              torch=torch.__version__, python=sys.version.split()[0],
+result = dict(what=what, compare=compare, device=name, dtype=dtype, weights=weights,
+              compile=compile, torch=torch.__version__, python=sys.version.split()[0],
               date=datetime.date.today().isoformat(), optim=optim, moments_dtype=moments_dtype,
               activation_checkpointing=activation_checkpointing, **vars(model.config),
               batch_size=num_samples if is_sampling else batch_size, times=len(times),

@@ -44,7 +44,7 @@ format = 'text'  # text | jsonl (one line of JSON per sample)
 # system
 device = 'auto'  # cpu | cuda | cuda:1 | mps | xpu | auto: the accelerator if there is one
 dtype = 'auto'  # float32 | bfloat16 | float16 | auto: the fastest that is safe
-weights = 'auto'  # int8 | int4 (on a CPU: faster, less memory, less exact) | bfloat16 | auto: dtype
+weights = 'auto'  # int8 | int4: one sample on a CPU is faster, less exact | bfloat16 | auto: dtype
 compile = 'auto'  # torch.compile the model: True | False | auto: False
 exec(open(os.path.join(ROOT, 'configurator.py'), encoding='utf-8').read())
 

@@ -10,6 +10,7 @@ import torch
 from runtime import originals
 from runtime.console import note
 from runtime.kv_cache import CachedModel
+from runtime.linears import Int8Linear
 
 note_once = functools.lru_cache(None)(note)
 
@@ -105,6 +106,8 @@ def compare_logits(model, prompts):
     ids = ids[prompts.size(1):].to(prompts.device)
     tokens = torch.cat((prompts, ids.expand(len(prompts), -1)), dim=1)  # (B, T)
     cached_model = CachedModel(model, T, static=prompts.is_cuda)
+    # it rounds all tokens of a call to the same 8 bits, so the logits depend on the others
+    rounds_inputs = any(isinstance(module, Int8Linear) for module in model.modules())
     idx_next = tokens[:, :max(1, T - 8)]
     for n in range(idx_next.size(1), T + 1):
         logits = cached_model(idx_next)[:, -1].double()
@@ -112,6 +115,8 @@ def compare_logits(model, prompts):
         if n in (T - 6, T - 4, T - 2, T):
             expected_logits = model(tokens[:, :n])[0][:, -1]
             tolerance = 1e-4 if expected_logits.dtype.itemsize >= 4 else 3e-2
+            if rounds_inputs:
+                tolerance = 0.1
             expected_logits = expected_logits.double()
             scale = (expected_logits - expected_logits.mean()).norm()
             if not (logits - expected_logits).norm() <= tolerance * scale:

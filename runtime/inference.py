@@ -13,7 +13,7 @@ from runtime.console import fail, get_first_line, note
 from runtime.kv_cache import CachedBlock, CachedModel
 from runtime.linears import list_linears, pack
 from runtime.memory import has_room, return_freed_memory
-from runtime.originals import is_original, is_original_model
+from runtime.originals import is_original, is_original_model, is_watched
 
 MIN_PACKED_TOKENS = 32  # packing 124M takes as long as it saves with 12 tokens
 lock = threading.RLock()  # several threads may generate with one model
@@ -32,7 +32,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     graphs: a dict, in which the CUDA graph of a step is kept for the next call.
     """
     new_tokens = draw_tokens(model, idx, max_new_tokens, temperature, top_k, top_p, vocab_size,
-                             use_cache, graphs)
+                             use_cache, graphs, packs=True)
     return torch.cat((idx, *new_tokens), dim=1)
 
 
@@ -65,10 +65,11 @@ def can_replace(function):
 
 
 def draw_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
-                vocab_size=None, use_cache=None, graphs=None, static=None):
+                vocab_size=None, use_cache=None, graphs=None, static=None, packs=False):
     """Yields max_new_tokens times the next token of every row of the prompt idx (B, T): (B, 1).
 
-    static: whether the KV cache is static; None: on a GPU. For the rest see generate().
+    static: whether the KV cache is static; None: on a GPU. packs: whether to pack copies of the
+    weights, which nobody can change between two tokens then. For the rest see generate().
     """
     block_size = model.config.block_size
     idx = idx[:, -block_size:]
@@ -89,8 +90,9 @@ def draw_tokens(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=N
                 graphs.clear()  # one takes enough memory
             if not decoder:
                 decoder = Decoder(model, size, static, options)
-                if is_unchanged_model and idx.device.type == 'cpu' and max_new_tokens > 1:
-                    decoder.speed_up(len(idx), max_new_tokens)
+                if is_unchanged_model and idx.device.type == 'cpu' and not is_watched(model):
+                    num_steps = size - idx.size(1)
+                    decoder.speed_up(len(idx), packs and num_steps >= MIN_PACKED_TOKENS)
             decoder.cache.length = 0
     # inference mode and CUDA graphs may break a changed model. A graph costs as much as some steps
     mode = torch.inference_mode if is_unchanged_model else torch.no_grad
@@ -214,15 +216,16 @@ def convert(model, device, dtype):
 def pack_linears(model, rows, weights='auto'):
     """Makes a model on a CPU generate `rows` sequences at once faster.
 
-    weights: 'int8', 'int4', or anything else for the format that they have. With int4 layers that
-    don't fit have 8 bits, and so has the output layer. The model can't be trained or saved then.
+    weights: 'int8', 'int4', or anything else for the format that they have. With int4, the output
+    layer and layers that don't fit have 8 bits. Afterwards the model can't be trained or saved.
     """
+    model.eval()
     linears = list(list_linears(model))
     while linears:  # a layer that stays in the list would keep its weight
         layers, name, linear = linears.pop()
         layers[name] = pack(linear, name, rows, weights)
     linear = None
-    model.requires_grad_(False)  # nor can the weights that are left
+    model.requires_grad_(False)  # the weights that are left can't be trained either
     return_freed_memory()
 
 
@@ -246,18 +249,15 @@ class Decoder:
         self.options = options  # of sample()
         self.graph = self.token = self.next_token = None
 
-    def speed_up(self, rows, max_new_tokens):
-        """Exchanges parts of an unchanged model on a CPU, only in its steps: it can be trained."""
+    def speed_up(self, rows, packs):
+        """Exchanges parts of an unchanged model on a CPU, and puts them back after each step."""
         model, parts = self.cached_model.model, self.cached_model.parts
-        if any(type(p) is not torch.nn.Parameter for p in model.parameters()):
-            return  # a subclass, as of sharded weights, has its own ways
         blocks = model.transformer.h._modules
         parts += [(blocks, name, CachedBlock(block)) for name, block in blocks.items()
                   if CachedBlock.fits(block)]
-        if max_new_tokens < MIN_PACKED_TOKENS or torch.is_autocast_enabled('cpu'):
-            return
-        linears = list(list_linears(model))
-        if has_room(2 * sum(linear.weight.nbytes for _, _, linear in linears), 'cpu'):
+        linears = list(list_linears(model)) if packs else []
+        num_bytes = sum(linear.weight.nbytes for _, _, linear in linears)
+        if has_room(2 * num_bytes, 'cpu') and not torch.is_autocast_enabled('cpu'):
             parts += [(layers, name, pack(linear, name, rows)) for layers, name, linear in linears]
 
     def is_full(self, idx_next):

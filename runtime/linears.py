@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from runtime.originals import is_unchanged
 
-GROUP = 32  # inputs that share a scale in 4 bits: fewer than this torch has no kernel for
+GROUP = 32  # inputs that share a scale in 4 bits; torch has no kernel for fewer
 
 
 def list_linears(model):
@@ -24,7 +24,7 @@ def list_linears(model):
 
 def pack(linear, name, rows, weights='auto'):
     """The form of a linear layer for inference.pack_linears(), or itself if there is no other."""
-    # in 4 bits lm_head would cost a small model a fifth of what all other layers cost together
+    # in 4 bits lm_head would lose a fifth as much quality as all other layers of a small model
     if weights == 'int4' and name != 'lm_head' and Int4Linear.fits(linear):
         return Int4Linear(linear)
     if weights in ('int8', 'int4'):
@@ -60,6 +60,12 @@ def raise_frozen(verb):
                        f'{verb}: use a model from the checkpoint')
 
 
+def check_grad(x):
+    """RuntimeError if a gradient of the inputs is wanted, as these layers have none."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise_frozen('trained')
+
+
 def split_rows(weight):
     """Slices of its rows, so few that what is computed from them stays in the CPU's cache."""
     return [slice(i, i + 256) for i in range(0, len(weight), 256)]
@@ -88,6 +94,7 @@ class PackedLinear(FrozenLinear):
         return self.blocks.to_dense()
 
     def forward(self, x):
+        check_grad(x)
         return torch.ops.mkldnn._linear_pointwise(x, self.blocks, self.bias, 'none', [], '')
 
 
@@ -114,12 +121,14 @@ class Int8Linear(FrozenLinear):
         bias = None if linear.bias is None else linear.bias.detach().float()
         self.blocks = torch.ops.quantized.linear_prepack(numbers, bias)
         self.num_bytes = weight.numel() + 4 * self.out_features
+        self.dtype = weight.dtype
 
     @property
     def weight(self):
-        return self.blocks.unpack()[0].dequantize()
+        return self.blocks.unpack()[0].dequantize().to(self.dtype)
 
     def forward(self, x):
+        check_grad(x)
         # without VNNI the products of 8 bits could overflow
         reduces_range = not torch.cpu._is_vnni_supported()
         y = torch.ops.quantized.linear_dynamic(x.float(), self.blocks, reduces_range)
@@ -130,7 +139,7 @@ def round_groups(groups):
     """(scales, offsets, whole numbers from -8 to 7) for weights in groups (..., GROUP).
 
     The first scales reach from the smallest to the largest weight. Then scales and offsets are
-    fitted to the numbers by least squares, which makes the error of a weight 6% smaller.
+    fitted to the numbers by least squares, so the root mean square of the errors is 6% smaller.
     """
     low = groups.amin(dim=-1, keepdim=True)
     scale = (groups.amax(dim=-1, keepdim=True) - low) / 15  # aminmax() is three times slower
@@ -170,7 +179,13 @@ class Int4Linear(FrozenLinear):
         """Whether torch has a kernel for a layer of this size."""
         return linear.in_features % GROUP == 0 and linear.out_features % 16 == 0
 
+    @property
+    def weight(self):
+        identity = torch.eye(self.in_features, dtype=self.scales.dtype)
+        return torch._weight_int4pack_mm_for_cpu(identity, self.blocks, GROUP, self.scales).T
+
     def forward(self, x):
+        check_grad(x)
         if x.dim() > 2:
             return self.forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         y = torch._weight_int4pack_mm_for_cpu(x, self.blocks, GROUP, self.scales)

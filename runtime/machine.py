@@ -80,6 +80,8 @@ def fit_dtype(weights, dtype, device_type, compile):
     if weights in ('int8', 'int4') and device_type != 'cpu':
         fail(f'weights={weights} works only on a CPU, and this is {device_type}',
              'leave it out, or add --device=cpu')
+    if weights in ('int8', 'int4') and torch.backends.quantized.engine == 'none':
+        fail(f'weights={weights} does not work with this build of torch', 'leave it out')
     if weights in ('int8', 'int4') and compile is True:
         fail(f'weights={weights} does not work with compile=True', 'leave one of them out')
     if weights != 'bfloat16':

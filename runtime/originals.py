@@ -122,6 +122,19 @@ def has_global_hook(names=FORWARD_HOOKS + BACKWARD_HOOKS):
     return any(getattr(nn.modules.module, f'_global{name}') for name in names)
 
 
+def is_watched(model):
+    """Whether something else than the model's parts may act when they are called.
+
+    That is a hook, also one of torch.distributed, a mode of torch, a weight of another class than
+    torch's, or torch.compile.
+    """
+    has_mode = torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()
+    if has_mode or has_global_hook() or model._compiled_call_impl:
+        return True
+    has_hook = any(getattr(module, name) for module in model.modules() for name in FORWARD_HOOKS)
+    return has_hook or any(type(p) is not nn.Parameter for p in model.parameters())
+
+
 def is_torchs(function):
     """Whether torch defines this function, so it isn't a patch."""
     if not isinstance(function, (types.FunctionType, types.BuiltinFunctionType)):

@@ -360,7 +360,7 @@ def test_compiled_with_dropout_the_loss_stays_in_pieces(dropout, monkeypatch):
 
 
 @pytest.mark.parametrize('T', [8, 64, 200])
-def test_attention_without_a_backward_pass(T):
+def test_attention_without_a_backward_pass(T, monkeypatch):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, T, 16).bfloat16()
     y = attention.attend(q, k, v)
@@ -369,8 +369,8 @@ def test_attention_without_a_backward_pass(T):
     dropout = nn.Dropout(0.0).eval()
     fast_form = attention.Attention(model_py.Attention())
     assert torch.equal(fast_form(q, k, v, dropout, True), y)
-    q.requires_grad_()
-    assert fast_form(q, k, v, dropout, True).grad_fn.name() != 'AttentionFunctionBackward'
+    monkeypatch.setattr(attention.AttentionFunction, 'apply', None)
+    assert fast_form(q.requires_grad_(), k, v, dropout, True).requires_grad  # by torch's attention
 
 
 @pytest.mark.parametrize('dtype, rtol', [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])

@@ -1,6 +1,7 @@
 """Weights packed for generation, of 16, 8 and 4 bits: what they compute, and what they refuse."""
 import copy
 import io
+import re
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ import torch.nn as nn
 from conftest import TINY, run
 from edits import continue_greedily
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from model import GPT, GPTConfig
-from runtime import inference, kernels, linears
+from runtime import inference, linears
 from runtime.linears import GROUP, Int4Linear, Int8Linear, PackedLinear
 
 DTYPES = torch.float32, torch.bfloat16
@@ -43,7 +45,9 @@ def test_8_bits(dtype, bias, shape):
     x = torch.randn(*shape, 96).to(dtype)
     packed = Int8Linear(linear)
     steps = linear.weight.float().abs().amax(dim=1, keepdim=True) / 127
-    assert ((packed.weight - linear.weight.float()).abs() <= 0.51 * steps).all()
+    weight = packed.blocks.unpack()[0].dequantize()
+    assert ((weight - linear.weight.float()).abs() <= 0.51 * steps).all()
+    assert packed.weight.dtype == dtype
     y = packed(x)
     assert y.dtype == dtype and y.shape == (*shape, 48)
     expected = linear(x).float()
@@ -66,8 +70,8 @@ def test_4_bits(dtype, bias, shape):
     weights = (packed(identity) - offset).float().T.unflatten(1, (-1, GROUP))
     errors = (weights - groups) / steps.clamp(min=1e-6)[..., None]
     assert errors.abs().max() < 1.5  # at the ends of a group; the others are rounded
-    # rounding to a grid between the smallest and the largest weight would give 1/12
-    assert errors.square().mean() < (0.95 / 12 if dtype == torch.float32 else 1 / 12)
+    # without least squares it is nearly 1/12 for 30 of 32 weights: the two ends have no error
+    assert errors[[0, 1, 2, 4, 6, 7]].square().mean() < (0.87 if dtype == torch.float32 else 1) / 12
     x = torch.randn(*shape, 96).to(dtype)
     y = packed(x)
     assert y.dtype == dtype and y.shape == (*shape, 48)
@@ -202,11 +206,95 @@ def test_where_generate_packs_nothing(change, packed_layers, monkeypatch):
         assert torch.equal(tokens, continue_greedily(model, idx, 40))
 
 
-def test_dropout_while_generating_counts():
-    model, idx = make_model(dropout=0.5).train(), torch.randint(48, (1, 5))
-    kernels.accelerate(model, 'cpu', 'float32')
+@pytest.mark.parametrize('name', ['attn.attn_dropout', 'attn.resid_dropout', 'mlp.dropout'])
+def test_dropout_while_generating_counts(name):
+    model, idx = make_model(dropout=0.5), torch.randint(48, (1, 5))
+    expected = model.generate(idx, 40, temperature=0)
+    model.transformer.h[0].get_submodule(name).train()
     texts = [model.generate(idx, 40, temperature=0) for _ in range(2)]
-    assert not torch.equal(*texts)
+    assert not torch.equal(*texts) and not torch.equal(texts[0], expected)
+
+
+def replace_dropout(model):
+    model.transformer.h[0].mlp.dropout = nn.LayerNorm(64)
+
+
+def replace_mlp(model):
+    torch.manual_seed(2)
+    model.transformer.h[1].mlp = nn.Linear(64, 64)
+
+
+def replace_attention(model):
+    torch.manual_seed(2)
+    model.transformer.h[1].attn = copy.deepcopy(model.transformer.h[0].mlp)
+
+
+def replace_block(model):
+    model.transformer.h[1] = copy.deepcopy(model.transformer.h[0].mlp)
+
+
+@pytest.mark.parametrize('change', [replace_dropout, replace_mlp, replace_attention,
+                                    replace_block], ids=lambda change: change.__name__)
+def test_known_parts_in_other_places(change):
+    model, idx = make_model(), torch.randint(48, (2, 5))
+    before = model.generate(idx, 40, temperature=0)
+    change(model)
+    expected = continue_greedily(model, idx, 40)
+    assert not torch.equal(expected, before)
+    assert torch.equal(model.generate(idx, 40, temperature=0), expected)
+
+
+def double(module, args, output):
+    return 2 * output if isinstance(module, nn.Linear) else output
+
+
+class Halving(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        return 0.5 * output if func is F.linear else output
+
+
+def test_hooks_and_modes_see_each_layer():
+    model, idx = make_model(), torch.randint(48, (2, 5))
+    before = model.generate(idx, 40, temperature=0)
+    handle = nn.modules.module.register_module_forward_hook(double)
+    expected = continue_greedily(model, idx, 40)
+    assert torch.equal(model.generate(idx, 40, temperature=0, use_cache=True), expected)
+    handle.remove()
+    assert not torch.equal(expected, before)
+    with Halving():
+        expected = continue_greedily(model, idx, 40)
+        assert torch.equal(model.generate(idx, 40, temperature=0), expected)
+    assert not torch.equal(expected, before)
+
+
+@pytest.mark.parametrize('change', ['weight', 'block'])
+def test_changes_between_two_tokens_of_a_stream(change):
+    model, idx = make_model(), torch.randint(48, (1, 5))
+    before = model.generate(idx, 40, temperature=0)[:, 5:]
+    steps = inference.stream(model, idx, 40, temperature=0)
+    tokens = [next(steps) for _ in range(4)]
+    if change == 'weight':
+        model.transformer.h[0].mlp.c_fc.weight.data.mul_(-3.0)
+    else:
+        model.transformer.h[0] = Silent()
+    tokens += list(steps)
+    assert torch.equal(torch.cat(tokens[:4], dim=1), before[:, :4])
+    assert not torch.equal(torch.cat(tokens, dim=1), before)
+
+
+class Silent(nn.Module):
+    def forward(self, x):
+        return x
+
+
+def test_a_changed_model_with_8_bits_keeps_its_cache(capsys):
+    model, idx = make_model(), torch.randint(48, (1, 5))
+    for block in model.transformer.h:
+        block.mlp.gelu = nn.SiLU()
+    inference.pack_linears(model, 1, 'int8')
+    model.generate(idx, 58, temperature=0)
+    assert 'without a KV cache' not in capsys.readouterr().err
 
 
 # -----------------------------------------------------------------------------
@@ -214,18 +302,20 @@ def test_dropout_while_generating_counts():
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory, char_data):
     out_dir = tmp_path_factory.mktemp('trained') / 'out'
-    run('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={out_dir}', '--max_iters=30',
-        '--eval_interval=30', '--n_embd=64')
+    run('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={out_dir}', '--max_iters=2',
+        '--eval_interval=2', '--n_embd=256')
     return out_dir
 
 
-@pytest.mark.parametrize('weights', ['bfloat16', 'int8', 'int4'])
-def test_sample_with_weights(trained, weights, tmp_path):
-    done = run('sample.py', f'--out_dir={trained}', f'--weights={weights}', '--num_samples=2',
-               '--max_new_tokens=40', '--device=cpu', cwd=tmp_path)
-    assert done.stdout.count('-' * 15) == 2 and 'Warning' not in done.stderr
-    if weights == 'bfloat16':
-        assert 'bfloat16 (set by you)' in done.stderr
+def test_sample_with_weights(trained, tmp_path):
+    sizes = []
+    for weights in ('bfloat16', 'int8', 'int4'):
+        result = run('sample.py', f'--out_dir={trained}', f'--weights={weights}', '--num_samples=2',
+                     '--max_new_tokens=40', '--device=cpu', cwd=tmp_path)
+        assert result.stdout.count('-' * 15) == 2 and 'Warning' not in result.stderr
+        assert (weights == 'bfloat16') <= ('bfloat16 (set by you)' in result.stderr)
+        sizes.append(float(re.search(r'memory: (.*) MiB of weights', result.stderr)[1]))
+    assert sizes[0] > 1.7 * sizes[1] > 1.7 * 1.4 * sizes[2]
 
 
 @pytest.mark.parametrize('flags, words', [

@@ -1,5 +1,5 @@
 """
-What a GPT-2 of transformers costs, in random weights: training, reading a prompt, generating.
+What a GPT-2 of transformers costs, with random weights: training, reading a prompt, generating.
 
     python recipes/peers/hf.py --what=train --batch_size=4      a training step
     python recipes/peers/hf.py --what=decode --num_samples=10   tokens/s of ten sequences
@@ -17,6 +17,11 @@ import time
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..'))
+from runtime import settings
+from runtime.console import ROOT, fail
+from runtime.machine import synchronize
+
 what = 'decode'  # train | prefill | decode
 n_layer = 12
 n_head = 12
@@ -31,8 +36,11 @@ all_logits = True  # prefill: the logits of all tokens, as by default, or of the
 device = 'cpu'
 dtype = 'bfloat16'  # of autocast in training
 turns = False  # measure once for each line on stdin
-root = os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..')
-exec(open(os.path.join(root, 'configurator.py'), encoding='utf-8').read())
+exec(open(os.path.join(ROOT, 'configurator.py'), encoding='utf-8').read())
+
+settings.check(config)
+if what not in ('train', 'prefill', 'decode'):
+    fail(f'what={what} is not measured here', 'use train, prefill or decode')
 
 torch.manual_seed(1337)
 model = GPT2LMHeadModel(GPT2Config(
@@ -90,7 +98,9 @@ else:
 if not turns:
     work()  # allocates, and chooses kernels
 for _ in sys.stdin if turns else [None]:
+    synchronize(device)
     t0 = time.perf_counter()
     work()
+    synchronize(device)
     seconds = time.perf_counter() - t0
     print(json.dumps(dict(what=what, ms=1000 * seconds, tokens_per_s=tokens / seconds)), flush=True)
