@@ -33,7 +33,7 @@ from runtime import checkpoint, inference, kernels, machine, memory, optimizers,
 from runtime import settings, shards, timing
 from runtime.compiler import has_failed
 from runtime.console import ROOT, fail, format_bytes
-from runtime.dataset import DataOrder, locate_data, move_to_device
+from runtime.dataset import DataOrder, find_data, locate_data, move_to_device
 from runtime.meta import read_meta
 
 # what to measure
@@ -102,6 +102,8 @@ ctx = nullcontext() if dtype == 'float32' or is_sampling else torch.autocast(
 # -----------------------------------------------------------------------------
 # the data and the model
 data_dir = locate_data(dataset)
+if not data_dir and real_data and dataset not in ('openwebtext', 'fineweb_edu', 'shakespeare'):
+    find_data(dataset)  # fails: only of these three, which have GPT-2's, the vocabulary is known
 meta = read_meta(data_dir) if data_dir else None
 vocab_size = meta['vocab_size'] if meta else 50304
 if data_dir and real_data:

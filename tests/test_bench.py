@@ -24,7 +24,7 @@ def rates_agree(result, tokens):
 
 
 def test_a_table_and_json(tmp_path, char_data):
-    out, result = bench('--device=auto', '--dataset=nothing', cwd=tmp_path)
+    out, result = bench('--device=auto', '--dataset=fineweb_edu', cwd=tmp_path)
     assert result['times'] == 3
     assert result['ms_per_iter'] > 0 and result['share_of_matmul_rate'] > 0
     assert result['peak_memory_bytes'] > 1e7
@@ -32,7 +32,7 @@ def test_a_table_and_json(tmp_path, char_data):
     line = out.splitlines()[-2]
     assert line.startswith('time per iteration: ') and ' ms, MFU: ' in line
     assert 'best of 1024: ' in out
-    assert 'data: random tokens, as nothing is not prepared\n' in out
+    assert 'data: random tokens, as fineweb_edu is not prepared\n' in out
     out, _ = bench(f'--dataset={char_data}', cwd=tmp_path)
     assert f'data: {char_data}' in out and not os.listdir(tmp_path)
 
@@ -143,6 +143,8 @@ def test_processes_from_start_to_end(tmp_path, char_data):
 @pytest.mark.parametrize('args, words', [
     (['--what=nothing'], 'train, data, prefill, decode, run or start'),
     (['--what=data', '--compare=hf'], 'train, prefill, decode'),
+    (['--what=train', '--weights=int8'], 'use it with prefill or decode'),
+    (['--dataset=nothing'], "dataset 'nothing' was not found"),
     (['--compare=slices'], 'use it with data')])
 def test_mistakes(tmp_path, args, words):
     assert words in run('bench.py', *SMALL, *args, cwd=tmp_path, ok=False).stderr
