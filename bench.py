@@ -30,7 +30,7 @@ import torch
 
 from model import GPT, GPTConfig
 from runtime import checkpoint, inference, kernels, machine, memory, optimizers, report, restore
-from runtime import settings, shards, timing
+from runtime import linears, settings, shards, timing
 from runtime.compiler import has_failed
 from runtime.console import ROOT, fail, format_bytes
 from runtime.dataset import DataOrder, find_data, locate_data, move_to_device
@@ -280,8 +280,7 @@ if what == 'prefill':
     flops = timing.count_prefill_flops(model.config, num_params, num_samples, prompt_length)
     result.update(timing.print_matmul_share(times, flops, device, ptdtype))
 if what == 'decode':  # each token needs all the weights once
-    num_bytes = sum(getattr(layer, 'num_bytes', 0) for layer in model.modules())
-    num_bytes = num_bytes or num_params * ptdtype.itemsize
+    num_bytes = linears.count_bytes(model) or num_params * ptdtype.itemsize
     result.update(timing.print_read_share(times, max_new_tokens, num_bytes, device))
 if peak_bytes:
     print(f'{"peak memory":26} {format_bytes(peak_bytes):>12}')

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from model import GPT, GPTConfig
-from runtime import checkpoint, inference, restore, settings, shards
+from runtime import checkpoint, inference, linears, restore, settings, shards
 from runtime.console import ROOT, fail
 from runtime.dataset import locate_data
 from runtime.kv_cache import CachedModel
@@ -54,9 +54,8 @@ def measure(weights):
         for n in range(T // 2, T):
             losses.append(F.cross_entropy(logits[:, -1].float(), ids[:, n]).item())
             logits = cached_model(ids[:, n:n + 1])
-    num_bytes = sum(getattr(layer, 'num_bytes', 0) for layer in model.modules())
-    mean_bytes = count_mean_bytes(tokens[1:], meta)
-    return sum(losses) / len(losses) / math.log(2) / mean_bytes, num_bytes / 2 ** 20
+    bits = sum(losses) / len(losses) / math.log(2)
+    return bits / count_mean_bytes(tokens[1:], meta), linears.count_bytes(model) / 2 ** 20
 
 
 rows = {}

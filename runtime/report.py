@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch
 
-from runtime import checkpoint, inference, kernels, memory, previous_runs
+from runtime import checkpoint, inference, kernels, linears, memory, previous_runs
 from runtime.console import (
     format_bytes,
     format_command,
@@ -226,8 +226,7 @@ def print_rescue(run_dir, out_dir, iter_num, ranks):
 # sampling
 def describe_memory(model, prompt_length, max_new_tokens, rows):
     """One line about the memory of the weights and the KV cache."""
-    weight_bytes = sum(p.nbytes for p in model.parameters())
-    weight_bytes += sum(getattr(layer, 'num_bytes', 0) for layer in model.modules())  # packed ones
+    weight_bytes = sum(p.nbytes for p in model.parameters()) + linears.count_bytes(model)
     row_bytes = inference.count_cache_bytes(model, prompt_length, max_new_tokens)
     return (f'{format_bytes(weight_bytes)} of weights; batch of {rows}, '
             f'KV cache of {format_bytes(row_bytes)} per sample')
