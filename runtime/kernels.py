@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from runtime import compiler
-from runtime.attention import MAX_DROPOUT, Attention, draw_mask
+from runtime.attention import MAX_DROPOUT, Attention, DropoutFunction, draw_numbers
 from runtime.console import note
 from runtime.cross_entropy import LossHead
 from runtime.originals import is_fast, is_original_model, is_torchs, is_unchanged, was_unchanged
@@ -134,13 +134,14 @@ class Dropout(nn.Dropout):
         draws = x.device.type == 'cpu' and self.training and 0 < self.p <= MAX_DROPOUT
         if not draws or self.inplace or not self.is_known():
             return super().forward(x)
-        return x * draw_mask(x, self.p) * (1 / (1 - self.p))
+        return DropoutFunction.apply(x, draw_numbers(x), self.p)
 
     def is_known(self):
-        """Whether nobody has changed dropout in torch."""
+        """Whether nobody has changed dropout in torch. It is False in torch.func."""
         if torch.compiler.is_compiling():
             return True
-        return is_torchs(nn.Dropout.forward) and is_torchs(F.dropout)
+        return (is_torchs(nn.Dropout.forward) and is_torchs(F.dropout)
+                and not torch._C._are_functorch_transforms_active())
 
 
 class EmbeddingDropout(Dropout):

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from edits import continue_greedily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -161,6 +162,16 @@ def test_compile_with_dropout_as_one_graph(clean_dynamo):
     torch.manual_seed(1)
     assert losses == pytest.approx([model(X, Y)[1].item() for _ in range(2)], rel=1e-5)
     assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_step_with_dropout_without_numbers(kind):
+    """FakeTensorMode is what people plan memory with."""
+    model = make_model(kind, dropout=0.5)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _, loss = model(X, Y)
+        loss.backward()
+    assert isinstance(loss, FakeTensor) and loss.size() == ()
 
 
 # -----------------------------------------------------------------------------

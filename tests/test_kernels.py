@@ -139,12 +139,25 @@ def test_dropout_zeroes_and_scales():
         grad, = torch.autograd.grad(y.sum(), x)
         assert torch.equal(grad, y)
         torch.manual_seed(1)
-        assert torch.equal(x * kernels.draw_mask(x, p) * (1 / (1 - p)), y)
+        is_kept = kernels.draw_numbers(x) >= round(p * 2 ** 16) - 2 ** 15
+        assert torch.equal(x * is_kept * (1 / (1 - p)), y)
         torch.manual_seed(1)  # the same elements in every format
         assert torch.equal(dropout(x.bfloat16()) == 0, y == 0)
     assert torch.equal(kernels.Dropout(0.0)(x), x)
+    assert (kernels.Dropout(1e-6)(x) == 0).float().mean() < 1e-4
     layer = kernels.Dropout(0.5)
     assert (layer(x) == 0).any() and torch.equal(layer.eval()(x), x)
+
+
+def test_dropout_has_a_second_derivative():
+    dropout = kernels.Dropout(0.5)
+    x = torch.randn(10, 6, dtype=torch.float64, requires_grad=True)
+    loss = dropout(x).square().sum()
+    grad, = torch.autograd.grad(loss, x, create_graph=True)
+    second, = torch.autograd.grad(grad.sum(), x)
+    assert torch.equal(second, torch.where(grad == 0, 0.0, 8.0))
+    grad = torch.func.grad(lambda x: dropout(x).sum())(x.detach())
+    assert set(grad.flatten().tolist()) == {0.0, 2.0}
 
 
 @pytest.mark.parametrize('T', [1, 7, 64, 200, 600])
@@ -161,7 +174,7 @@ def test_attention_is_the_formula_and_the_plain_one(dtype, tolerance, T):
         mask = torch.zeros_like(att)
         for start, stop in attention.list_parts(T, dtype):
             part = mask[:, :, start:stop, :stop]
-            part.copy_(kernels.draw_mask(part, p))
+            part.copy_(attention.draw_numbers(part) >= round(p * 2 ** 16) - 2 ** 15)
         expected = (att * mask / (1 - p)) @ v
         torch.manual_seed(2)
         y = fast(q.to(dtype), k.to(dtype), v.to(dtype), nn.Dropout(p), flash=True)
