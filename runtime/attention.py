@@ -14,7 +14,6 @@ MAX_DROPOUT = 0.99  # with a higher rate the bits of draw_numbers() would be too
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their number of bytes
 
 
-@torch.compiler.disable
 def draw_numbers(x):
     """For dropout on a CPU: random integers from -2**15 to 2**15 - 1, one for each element of x.
 
@@ -23,11 +22,15 @@ def draw_numbers(x):
     """
     if type(x) is not torch.Tensor:  # such as a FakeTensor, which has no numbers
         return torch.randint_like(x, -2 ** 15, 2 ** 15, dtype=INTEGERS[x.element_size()])
+    numbers = draw_words(math.ceil(x.numel() / 4)).view(torch.int16)
+    return numbers[:x.numel()].view(x.size()).to(INTEGERS[x.element_size()])
+
+
+def draw_words(count):
+    """Random integers of 64 bits. compile_model() excludes this from compiling."""
     seed = torch.randint(2 ** 63 - 1, ()).item()
     generator = np.random.Generator(np.random.SFC64(seed))
-    count = math.ceil(x.numel() / 4)
-    bits = torch.from_numpy(generator.integers(-2 ** 63, 2 ** 63 - 1, count, endpoint=True))
-    return bits.view(torch.int16)[:x.numel()].view(x.size()).to(INTEGERS[x.element_size()])
+    return torch.from_numpy(generator.integers(-2 ** 63, 2 ** 63 - 1, count, endpoint=True))
 
 
 def drop(x, numbers, p):
@@ -88,7 +91,8 @@ class AttentionFunction(torch.autograd.Function):
         weights, dropouts = [], []  # for the backward pass
         has_backward = any(ctx.needs_input_grad)
         for start, stop in list_parts(T, q.dtype):
-            att = torch.bmm(q[:, start:stop], k[:, :stop].mT)  # (B * nh, stop - start, stop)
+            # (B * nh, stop - start, stop). In bfloat16 bmm takes twice as long without contiguous()
+            att = torch.bmm(q[:, start:stop], k[:, :stop].contiguous().mT)
             size = stop - start
             att[:, :, start:] += att.new_full((size, size), -math.inf).triu(1)  # the future
             att = att.softmax(dim=-1)
@@ -116,7 +120,7 @@ class AttentionFunction(torch.autograd.Function):
         dropouts = weights[len(parts):]
         for i, (start, stop) in reversed(list(enumerate(parts))):
             att, part_d_y = weights[i], d_y[:, start:stop]
-            d_att = torch.bmm(part_d_y, v[:, :stop].mT)
+            d_att = torch.bmm(part_d_y, v[:, :stop].contiguous().mT)
             dropped_att = att
             if ctx.dropout_p:
                 d_att = drop(d_att, dropouts[i], ctx.dropout_p)

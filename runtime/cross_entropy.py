@@ -1,10 +1,14 @@
 """
 The output layer and the loss in one, so that the logits of a large vocabulary are never stored.
 """
+import math
+
 import torch
 import torch.nn as nn
 
 from runtime.originals import has_global_hook, is_patched, is_unchanged
+
+MAX_BYTES = 2 ** 28  # of logits that exist at the same time
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -14,6 +18,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     rows at a time, so the logits (N, V) never exist as a whole. They would be the largest tensor
     of all. After Hsu et al. 2024, https://arxiv.org/abs/2410.10989. F.linear_cross_entropy of
     torch 2.13 takes twice the time, and rounds the loss to bfloat16.
+
+    The matmuls take as many rows as MAX_BYTES of logits have. The softmax in float32 takes fewer:
+    on a CPU so few that they stay in the cache. The gradients of the logits replace them.
     """
 
     @staticmethod
@@ -21,26 +28,23 @@ class LinearCrossEntropy(torch.autograd.Function):
         loss = x.new_zeros((), dtype=torch.float32)
         count = (targets != -1).sum()
         w = weight.to(dtype)
-        dx = torch.zeros_like(x) if needs_grad else None
-        dw = torch.zeros_like(weight) if needs_grad else None
-        rows = max(1, 2 ** 25 // len(weight))
-        for i in range(0, len(x), rows):
-            x_i = x[i:i + rows].to(dtype)
-            target = targets[i:i + rows, None]
-            is_counted = target != -1
-            target = target.masked_fill(target == -1, 0)
-            logits = (x_i @ w.t()).float()  # (rows, V)
-            probs = logits.softmax(dim=-1)
-            # logsumexp from the most likely token, whose probability doesn't underflow: this
-            # saves a second exp of all logits
-            lse = logits.amax(dim=-1, keepdim=True) - probs.amax(dim=-1, keepdim=True).log()
-            loss += (lse - logits.gather(1, target)).masked_fill(~is_counted, 0.0).sum()
-            if needs_grad:  # the softmax, less 1 at the target
-                minus_one = -torch.ones_like(target, dtype=torch.float32)
-                d_logits = probs.scatter_add_(1, target, minus_one).mul_(is_counted).to(dtype)
-                dx[i:i + rows] = d_logits @ w
-                dw += d_logits.t() @ x_i
-        ctx.save_for_backward(dx, dw, count)
+        dx, dw = None, None
+        if needs_grad:
+            dx = torch.empty_like(x)
+        num_parts = math.ceil(len(x) * len(weight) * dtype.itemsize / MAX_BYTES)
+        rows = math.ceil(len(x) / num_parts)
+        small_rows = max(1, count_wide_logits(x.device.type) // len(weight))
+        for start in range(0, len(x), rows):
+            part_x = x[start:start + rows].to(dtype)
+            part_logits = part_x @ w.t()  # (rows, V)
+            for logits, target in zip(part_logits.split(small_rows),
+                                      targets[start:start + rows, None].split(small_rows)):
+                loss += sum_losses(logits, target, count, needs_grad)
+            if needs_grad:
+                dx[start:start + rows] = part_logits @ w
+                part_dw = part_logits.t() @ part_x
+                dw = part_dw.to(weight.dtype) if dw is None else dw.add_(part_dw)
+        ctx.save_for_backward(dx, dw)
         return loss / count
 
     @staticmethod
@@ -48,8 +52,34 @@ class LinearCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError('the faster loss has no second derivative: '
                                'call the model outside of kernels.loss_only() for this')
-        dx, dw, count = ctx.saved_tensors
-        return dx * (grad / count), dw * (grad / count), None, None, None
+        dx, dw = ctx.saved_tensors
+        if grad.device.type == 'cpu' and grad == 1:  # so there is nothing to multiply
+            return dx, dw, None, None, None
+        return dx * grad, dw * grad, None, None, None
+
+
+def count_wide_logits(device_type):
+    """How many logits there are in float32 at the same time."""
+    return 2 ** 21 if device_type == 'cpu' else 2 ** 25
+
+
+def sum_losses(logits, targets, count, needs_grad):
+    """The sum of the losses of logits (N, V) and targets (N, 1), whose -1 are ignored.
+
+    With needs_grad the gradients of the sum, divided by count, replace the logits.
+    """
+    is_counted = targets != -1
+    targets = targets.masked_fill(targets == -1, 0)
+    wide_logits = logits.float()
+    probs = wide_logits.softmax(dim=-1)
+    # logsumexp from the most likely token, whose probability doesn't underflow: this saves a
+    # second exp of all logits
+    lse = wide_logits.amax(dim=-1, keepdim=True) - probs.amax(dim=-1, keepdim=True).log()
+    losses = lse - wide_logits.gather(1, targets)
+    if needs_grad:  # the softmax, less 1 at the target
+        minus_one = -torch.ones_like(targets, dtype=torch.float32)
+        logits.copy_(probs.scatter_add_(1, targets, minus_one).mul_(is_counted / count))
+    return losses.masked_fill(~is_counted, 0.0).sum()
 
 
 # not float16: gradients that are computed before the loss is scaled would vanish in it
@@ -93,4 +123,4 @@ class LossHead(nn.Module):
                                         torch.is_grad_enabled())
         return None, loss
 
-    run_eagerly = torch.compiler.disable(compute)
+    run_eagerly = compute  # compile_model() replaces it

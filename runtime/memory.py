@@ -8,6 +8,7 @@ import re
 
 import torch
 
+from runtime import cross_entropy
 from runtime.attention import count_keys, is_faster
 from runtime.console import explain_errors, format_bytes, say, warn
 
@@ -48,17 +49,18 @@ def estimate_training_bytes(config, num_params, optimizer_bytes, batch_size, dty
     else:
         layers_bytes = config.n_layer * layer_bytes
     logits = tokens * config.vocab_size
-    logit_bytes = 8 + 4 * width  # with the gradient, and both in float32
+    logits_bytes = logits * (8 + 4 * width)  # with the gradient, and both in float32
     if compile:  # without a copy in float32; on CPUs it took 8 bytes in float32 and bfloat16
-        logit_bytes = 8 if device_type == 'cpu' else 4 * width
-    elif not stores_logits:
-        logits = min(logits, 2 ** 25)  # see cross_entropy.LinearCrossEntropy
+        logits_bytes = logits * (8 if device_type == 'cpu' else 4 * width)
+    elif not stores_logits:  # some rows in the dtype, and fewer in float32, with their gradient
+        wide_logits = min(logits, cross_entropy.count_wide_logits(device_type))
+        logits_bytes = min(2 * width * logits, cross_entropy.MAX_BYTES) + 8 * wide_logits
     state_bytes = 8 * num_params + optimizer_bytes
     if parallel == 'zero1':
         state_bytes = 8 * num_params + optimizer_bytes // ranks
     if parallel == 'fsdp' and ranks > 1:
         state_bytes = state_bytes // ranks + 8 * config.vocab_size * config.n_embd
-    return state_bytes, tokens * layers_bytes + logits * logit_bytes
+    return state_bytes, tokens * layers_bytes + logits_bytes
 
 
 def plan_memory(state_bytes, activation_bytes, allocated_bytes, device, ranks):

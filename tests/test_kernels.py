@@ -258,10 +258,12 @@ def test_squared_relu_is_the_plain_one(dtype):
 
 
 @pytest.mark.parametrize('dtype', TOLERANCES)
-def test_the_loss_alone_is_the_same_loss(dtype):
+@pytest.mark.parametrize('max_bytes', [2 ** 25, 2 ** 28])  # several parts of the logits, or one
+@pytest.mark.parametrize('divisor', [1, 3])
+def test_the_loss_alone_is_the_same_loss(dtype, max_bytes, divisor, monkeypatch):
+    monkeypatch.setattr(cross_entropy, 'MAX_BYTES', max_bytes)
     model = GPT(GPTConfig(block_size=128, vocab_size=50304, n_layer=1, n_head=2, n_embd=32))
     kernels.accelerate(model, 'cpu', dtype)
-    # 1,024 rows of logits: more than one piece of 2**25 / 50304
     x, y = torch.randint(50304, (2, 8, 128))
     y[0, :9] = -1
     autocast = torch.autocast('cpu', torch.bfloat16, enabled=dtype == 'bfloat16')
@@ -269,7 +271,7 @@ def test_the_loss_alone_is_the_same_loss(dtype):
     for compute in (GPT.__call__, compute_loss):
         with autocast:
             logits, loss = compute(model, x, y)
-        (loss / 3).backward()
+        (loss / divisor).backward()
         results.append((loss.detach(), *(p.grad for p in model.parameters())))
         model.zero_grad()
     assert logits is None and loss.dtype == torch.float32
