@@ -1,6 +1,7 @@
 """
 torch.compile: it is announced, its time is shown, and a model that can't be compiled runs without.
 """
+import inspect
 import os
 import threading
 import time
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from runtime.console import get_first_line, note, warn
 
+OPTIMIZER_METHODS = 'add_param_group', 'zero_grad', 'state_dict', 'load_state_dict'
 LONG_SECONDS = 10  # compiling that takes longer shows its time
 
 
@@ -28,7 +30,25 @@ def check_cache_folder():
         del os.environ['TORCHINDUCTOR_CACHE_DIR']
 
 
+def postpone_import():
+    """Makes torch's optimizers work without its compiler, whose import takes a second.
+
+    The first optimizer would import it, only to exclude these methods from compiling.
+    """
+    for name in OPTIMIZER_METHODS:
+        method = getattr(getattr(torch.optim.Optimizer, name), '__wrapped__', None)
+        if method:
+            vars(method).setdefault('__dynamo_disable', method)
+
+
+def run_step(optimizer, cls):
+    """cls.step(optimizer) without torch's wrappers of it, which import the compiler, too."""
+    with torch.no_grad():
+        inspect.unwrap(cls.step)(optimizer)
+
+
 check_cache_folder()  # now, as torch reads it soon
+postpone_import()
 
 
 def compile_copy(model):

@@ -7,10 +7,11 @@ update changes nothing, and if it has a `grad_scale`, gradients are divided by t
 import math
 
 import torch
-from torch.optim.optimizer import _global_optimizer_pre_hooks
 
+from runtime.compiler import run_step
 from runtime.console import fail, warn
 from runtime.distributed import full_tensor, get_local_optimizer, local_tensor, shard_like
+from runtime.originals import has_original_step
 
 
 def specialize(optimizer, optim, moments_dtype, momentum, model, dtype='float32'):
@@ -153,7 +154,7 @@ class Muon(torch.optim.AdamW):
                     batches.setdefault(tuple(sorted(p.shape)), []).append(p)
             for shape, params in batches.items():
                 self.update(shape, params, group)
-        super().step()
+        run_step(self, torch.optim.AdamW)
         return loss
 
     def update(self, shape, params, group):
@@ -255,18 +256,10 @@ def clip_and_step(optimizer, scaler, grad_clip):
         # the fused kernel divides by grad_scale, which clips without a pass over the gradients
         local_optim.found_inf = (~norm.isfinite()).float()
         local_optim.grad_scale = (norm / limit).clamp(min=1)
-        scaler.step(optimizer)
+        run_step(optimizer, type(optimizer))
         del local_optim.found_inf, local_optim.grad_scale  # the next step() may be somebody's own
     scaler.update()
     return norm
-
-
-def has_original_step(optimizer):
-    """Whether nobody's code runs in step() that would see gradients before they are clipped."""
-    step = getattr(type(optimizer), 'step', None)
-    is_original = (getattr(step, '__module__', None) or '').startswith(('torch.', __name__))
-    has_hook = _global_optimizer_pre_hooks or getattr(optimizer, '_optimizer_step_pre_hooks', None)
-    return is_original and not has_hook and 'step' not in vars(optimizer)
 
 
 def is_updating(frames):

@@ -1,5 +1,5 @@
 """
-Knows the original parts of model.py: whether a part is still one of them, or somebody changed it.
+Knows the original parts of model.py and torch: whether somebody has changed one of them.
 """
 import ast
 import functools
@@ -12,6 +12,7 @@ import types
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 # digests of the methods in model.py that the faster forms and the KV cache were written for. After
 # a change tests/test_kernels.py prints the new one; first make those fit the new source
@@ -133,6 +134,15 @@ def is_watched(model):
         return True
     has_hook = any(getattr(module, name) for module in model.modules() for name in FORWARD_HOOKS)
     return has_hook or any(type(p) is not nn.Parameter for p in model.parameters())
+
+
+def has_original_step(optimizer):
+    """Whether nobody's code runs in step() that would see gradients before they are clipped."""
+    step = getattr(type(optimizer), 'step', None)
+    is_original = (getattr(step, '__module__', None) or '').startswith(('torch.', 'runtime.'))
+    hooks = [getattr(optimizer, f'_optimizer_step_{when}_hooks', None) for when in ('pre', 'post')]
+    has_hook = any([*hooks, _global_optimizer_pre_hooks, _global_optimizer_post_hooks])
+    return is_original and not has_hook and 'step' not in vars(optimizer)
 
 
 def is_torchs(function):

@@ -179,3 +179,11 @@ def test_a_run_without_a_compiler(char_data, tmp_path):
     losses = [[event['loss'] for event in metrics(tmp_path / name, 'iter')]
               for name in ('run', 'plain')]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 5
+
+
+def test_training_without_compiling_does_not_import_the_compiler(char_data, tmp_path):
+    """The import takes a second."""
+    command = [sys.executable, '-X', 'importtime', os.path.join(ROOT, 'train.py'), *TINY,
+               f'--dataset={char_data}', f'--out_dir={tmp_path}', '--max_iters=2']
+    modules = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert 'torch.optim' in modules and 'torch._dynamo' not in modules

@@ -10,7 +10,8 @@ import torch
 import torch.nn as nn
 from edits import PlainRun, Sources, continue_greedily, load_unedited_model
 from torch.nn import functional as F
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import (register_optimizer_step_post_hook,
+                                   register_optimizer_step_pre_hook)
 
 import model as model_py
 from model import GPT, Block, GPTConfig
@@ -411,18 +412,21 @@ def test_an_update_of_somebodys_own_is_clipped_and_skipped(make):
 
 
 @pytest.mark.parametrize('is_global', [False, True])
-def test_a_hook_before_the_update_sees_clipped_gradients(is_global):
+def test_hooks_around_the_update(is_global):
     p = nn.Parameter(torch.zeros(4))
     optimizer = torch.optim.AdamW([p], fused=True)
-    norms = []
-    register = optimizer.register_step_pre_hook
+    norms, weights = [], []
+    registers = optimizer.register_step_pre_hook, optimizer.register_step_post_hook
     if is_global:
-        register = register_optimizer_step_pre_hook
-    handle = register(lambda *args: norms.append(p.grad.norm().item()))
+        registers = register_optimizer_step_pre_hook, register_optimizer_step_post_hook
+    handles = [registers[0](lambda *args: norms.append(p.grad.norm().item())),
+               registers[1](lambda *args: weights.append(p.detach().clone()))]
     p.grad = torch.full((4,), 100.0)
     optimizers.clip_and_step(optimizer, torch.amp.GradScaler('cpu', enabled=False), 1.0)
-    handle.remove()
-    assert norms == pytest.approx([1.0])
+    for handle in handles:
+        handle.remove()
+    assert norms == pytest.approx([1.0])  # the hook sees clipped gradients
+    assert len(weights) == 1 and torch.equal(weights[0], p) and p.all()
 
 
 def test_an_iteration_without_gradients():
