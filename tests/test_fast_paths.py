@@ -10,8 +10,10 @@ import torch
 import torch.nn as nn
 from edits import PlainRun, Sources, continue_greedily, load_unedited_model
 from torch.nn import functional as F
-from torch.optim.optimizer import (register_optimizer_step_post_hook,
-                                   register_optimizer_step_pre_hook)
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 import model as model_py
 from model import GPT, Block, GPTConfig
