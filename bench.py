@@ -255,6 +255,7 @@ profiler = timing.start_profiler(out_dir) if profile else None
 times, *their_times = timing.measure_in_turns(works, device, repeats, tokens_each,
                                               short_works=[] if profile else in_process)
 peak_bytes = timing.read_peak_memory(device)
+process_bytes = memory.read_process_bytes()  # what is needed after loading and packing
 
 # -----------------------------------------------------------------------------
 # the report
@@ -266,7 +267,8 @@ result = dict(what=what, compare=compare, device=name, dtype=dtype, weights=weig
               date=datetime.date.today().isoformat(), optim=optim, moments_dtype=moments_dtype,
               activation_checkpointing=activation_checkpointing, **vars(model.config),
               batch_size=num_samples if is_sampling else batch_size, times=len(times),
-              ms_per_iter=1000 * dt, peak_memory_bytes=peak_bytes)
+              ms_per_iter=1000 * dt, peak_memory_bytes=peak_bytes,
+              process_memory_bytes=process_bytes)
 if profiler:
     result.update(profile=timing.print_profile(profiler, device_type, out_dir))
 result.update(timing.print_times(times, their_times[0] if compare else None, tokens_each))

@@ -21,7 +21,7 @@ from tokenizers.models import WordLevel
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..'))
-from runtime import settings
+from runtime import memory, settings
 from runtime.console import ROOT
 
 compute_type = 'int8'  # float32 | int8
@@ -69,4 +69,5 @@ for _ in sys.stdin if turns else [None]:
     tokens = sum(len(result.sequences_ids[0]) for result in results)
     assert tokens == num_samples * max_new_tokens, tokens
     print(json.dumps(dict(what='decode', compute_type=compute_type, num_samples=num_samples,
-                          tokens_per_s=tokens / seconds)), flush=True)
+                          tokens_per_s=tokens / seconds,
+                          process_memory_bytes=memory.read_process_bytes())), flush=True)

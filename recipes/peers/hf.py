@@ -18,7 +18,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..'))
-from runtime import settings
+from runtime import memory, settings
 from runtime.console import ROOT, fail
 from runtime.machine import synchronize
 
@@ -103,4 +103,5 @@ for _ in sys.stdin if turns else [None]:
     work()
     synchronize(device)
     seconds = time.perf_counter() - t0
-    print(json.dumps(dict(what=what, ms=1000 * seconds, tokens_per_s=tokens / seconds)), flush=True)
+    print(json.dumps(dict(what=what, ms=1000 * seconds, tokens_per_s=tokens / seconds,
+                          process_memory_bytes=memory.read_process_bytes())), flush=True)
