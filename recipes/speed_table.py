@@ -28,8 +28,8 @@ ROWS = {
     'run_cpu_recipe': ('the whole CPU recipe, from start to end of the process', 'plain PyTorch'),
     'prefill': ('prefill of 1,000 tokens, GPT-2 124M', 'transformers, all logits'),
     'decode_1': ('generation, GPT-2 124M, one sequence', 'transformers'),
-    'decode_1_int8': ('the same with `--weights=int8`', 'CTranslate2, int8'),
-    'decode_1_int4': ('the same with `--weights=int4`', 'llama.cpp, q4_0'),
+    'decode_1_int8': ('generation, one sequence, `--weights=int8`', 'CTranslate2, int8'),
+    'decode_1_int4': ('generation, one sequence, `--weights=int4`', 'llama.cpp, q4_0'),
     'decode_10': ('generation, ten sequences at once', 'CTranslate2, int8'),
     'sample_defaults': ('10 samples of 500 tokens, the defaults of sample.py', 'transformers'),
     None: (),
@@ -70,7 +70,7 @@ def format_speed(row, ms):
         return f'{row["tokens_per_s"] * row["ms_per_iter"] / ms:,.0f} tokens/s'
     if ms < 1000:
         return f'{ms:.3g} ms'
-    return f'{ms / 1000:.3g} s'
+    return f'{ms / 1000:.2f} s' if ms < 10_000 else f'{ms / 1000:.1f} s'
 
 
 def format_share(row):

@@ -1,13 +1,14 @@
 """What bench.py compares with: a plain GPT-2 has the loss of model.py, and takes turns."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run
 
 from model import GPT, GPTConfig
 
@@ -89,3 +90,16 @@ def test_the_recipes_find_what_they_import():
     for name in ('race', 'ablation', 'sizes', 'memory', 'scaling'):
         path = os.path.join(ROOT, 'recipes', f'{name}.py')
         subprocess.run([sys.executable, path, '--help'], check=True, capture_output=True)
+
+
+def test_the_speed_tables_are_those_of_the_measurements(tmp_path):
+    for path in ('README.md', 'docs/speed.md', 'configurator.py', 'recipes/speed_table.py',
+                 'assets/bench/cpu.json'):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(os.path.join(ROOT, path), tmp_path / path)
+    shutil.copytree(os.path.join(ROOT, 'runtime'), tmp_path / 'runtime')
+    run(str(tmp_path / 'recipes' / 'speed_table.py'), cwd=tmp_path)
+    for path in ('README.md', 'docs/speed.md'):
+        with open(os.path.join(ROOT, path), encoding='utf-8') as f:
+            assert (tmp_path / path).read_text(encoding='utf-8') == f.read()
+    assert (tmp_path / 'assets' / 'speed.png').stat().st_size > 10_000
