@@ -255,7 +255,7 @@ profiler = timing.start_profiler(out_dir) if profile else None
 times, *their_times = timing.measure_in_turns(works, device, repeats, tokens_each,
                                               short_works=[] if profile else in_process)
 peak_bytes = timing.read_peak_memory(device)
-process_bytes = memory.read_process_bytes()  # what is needed after loading and packing
+process_bytes = memory.read_process_bytes()
 
 # -----------------------------------------------------------------------------
 # the report

@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
 # Measures all rows of the speed tables, and writes them into README.md, docs/speed.md and
-# assets/speed.png. It takes half an hour on 2 cores. Run nothing else at the same time.
+# assets/speed.png. It takes half an hour on 2 cores and needs Linux. Run nothing else meanwhile.
 #
 #     pip install transformers==5.24.0 ctranslate2==4.8.5 llama-cpp-python==0.3.36 gguf==0.19.0
 #     bash recipes/bench.sh FOLDER "2 cores of an AMD EPYC (Zen 5)"
 #
-# FOLDER is where a table and a line of JSON are written for each row. The second argument is what
-# the tables call the CPU. It needs Linux and bash. PEERS (python) is the Python that has the
-# packages above: PEERS=../peers/bin/python bash recipes/bench.sh ...
+# FOLDER (out-bench) is where a table and a line of JSON are written for each row. The second
+# argument is what the tables call the CPU; without it the tables stay as they are. PEERS (python)
+# is the Python that has the packages above: PEERS=../peers/bin/python bash recipes/bench.sh ...
 set -euo pipefail
 folder=$(realpath -m "${1:-out-bench}")
-cpu=${2:-$(nproc) cores}
+cpu=${2:-}
 peers=${PEERS:-python}
+if [ -x "$peers" ]; then
+    peers=$(realpath -s "$peers")
+fi
 cd "$(dirname "$0")/.."
 mkdir -p "$folder"
 
@@ -28,6 +31,7 @@ row() {  # the row's name; what to compare with, or nothing; the arguments of be
     compare=$2
     shift 2
     echo "$name: python bench.py $*"
+    rm -f "$folder/$name.json"
     if ! python bench.py "$@" --compare="$compare" > "$folder/$name.txt"; then
         echo "failed, see $folder/$name.txt: the tables will not have this row"
         return
@@ -59,4 +63,6 @@ long='--num_samples=10 --max_new_tokens=500'
 row sample_defaults "$(peer hf.py $long)" --what=decode $gpt2 $long --repeats=3
 row get_batch slices --what=data $char
 row start "" --what=start $cpu_recipe
-python recipes/speed_table.py --folder="$folder" --cpu="$cpu"
+if [ -n "$cpu" ]; then
+    python recipes/speed_table.py --folder="$folder" --cpu="$cpu"
+fi

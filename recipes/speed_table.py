@@ -8,6 +8,7 @@ It runs on any system.
 """
 import json
 import os
+import re
 import sys
 
 from matplotlib.figure import Figure
@@ -58,6 +59,8 @@ def read_rows():
         if os.path.exists(row_path):  # else it failed
             with open(row_path, encoding='utf-8') as f:
                 rows[name] = json.load(f)
+            # without the folder of the Python that ran the other engine
+            rows[name]['compare'] = re.sub(r'\S*/python', 'python', rows[name]['compare'])
     lines = ',\n'.join(f'{json.dumps(name)}: {json.dumps(row)}' for name, row in rows.items())
     with open(path, 'w', encoding='utf-8') as f:
         f.write(f'{{"cpu": {json.dumps(cpu)}, "rows": {{\n{lines}\n}}}}\n')
@@ -109,7 +112,7 @@ def replace_table(path, head, new_head, lines):
         f.write('\n'.join(text))
 
 
-def draw(rows):
+def draw(rows, cpu_name):
     """Writes assets/speed.png."""
     compared = sorted((row['ratio'], ' vs. '.join(ROWS[name]).replace('`', ''))
                       for name, row in rows.items() if 'ratio' in row)
@@ -127,10 +130,10 @@ def draw(rows):
 
 settings.check(config)
 rows, cpu_name = read_rows()
-lines = {name: format_row(name, rows[name]) for name in rows}
+cells = {name: format_row(name, rows[name]) for name in rows}
 short_names = [name for name in list(ROWS)[:list(ROWS).index(None)] if name in rows]
 replace_table('README.md', README_HEAD, README_HEAD.replace('CPU', cpu_name),
-              [f'| {" | ".join(lines[name][:-1])} |' for name in short_names])
+              [f'| {" | ".join(cells[name][:-1])} |' for name in short_names])
 replace_table('docs/speed.md', DOCS_HEAD, DOCS_HEAD,
-              [f'| {" | ".join(cells)} |' for cells in lines.values()])
-draw(rows)
+              [f'| {" | ".join(row_cells)} |' for row_cells in cells.values()])
+draw(rows, cpu_name)

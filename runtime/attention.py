@@ -27,7 +27,7 @@ def draw_numbers(x):
 
 
 def draw_words(count):
-    """Random integers of 64 bits. compile_model() excludes this from compiling."""
+    """Random integers of 64 bits. runtime/compiler.py excludes this from compiling."""
     seed = torch.randint(2 ** 63 - 1, ()).item()
     generator = np.random.Generator(np.random.SFC64(seed))
     return torch.from_numpy(generator.integers(-2 ** 63, 2 ** 63 - 1, count, endpoint=True))
@@ -37,9 +37,12 @@ def drop(x, numbers, p):
     """x with zeros where the number is one of the smallest, which has probability p (to 2**-16).
 
     threshold_backward(x, numbers, t) is x where a number is above t, and else 0, in one pass. It
-    takes x and numbers of one type, so the bits of x are read as integers.
+    takes x and numbers of one type, so the bits of x are read as integers. A dropped NaN becomes 0.
     """
-    max_dropped = max(round(p * 2 ** 16) - 1, 0) - 2 ** 15
+    num_dropped = round(p * 2 ** 16)
+    if num_dropped == 0:
+        return x.clone()
+    max_dropped = num_dropped - 1 - 2 ** 15
     x_bits = x.view(numbers.dtype)
     return torch.ops.aten.threshold_backward(x_bits, numbers, max_dropped).view(x.dtype)
 
@@ -88,7 +91,7 @@ class AttentionFunction(torch.autograd.Function):
         if dropout_p:
             v = v * (1 / (1 - dropout_p))
         y = q.new_empty(B, T, nh, hs)
-        weights, dropouts = [], []  # for the backward pass
+        weights, all_numbers = [], []  # for the backward pass
         has_backward = any(ctx.needs_input_grad)
         for start, stop in list_parts(T, q.dtype):
             # (B * nh, stop - start, stop). In bfloat16 bmm takes twice as long without contiguous()
@@ -102,9 +105,9 @@ class AttentionFunction(torch.autograd.Function):
                 numbers = draw_numbers(att)
                 att = drop(att, numbers, dropout_p)
                 if has_backward:
-                    dropouts.append(numbers)
+                    all_numbers.append(numbers)
             y[:, start:stop] = torch.bmm(att, v[:, :stop]).view(B, nh, -1, hs).transpose(1, 2)
-        ctx.save_for_backward(q, k, v, *weights, *dropouts)
+        ctx.save_for_backward(q, k, v, *weights, *all_numbers)
         return y
 
     @staticmethod
@@ -117,14 +120,14 @@ class AttentionFunction(torch.autograd.Function):
         d_y = d_y.transpose(1, 2).flatten(0, 1)
         d_q, d_k, d_v = torch.empty_like(q), None, None
         parts = list_parts(T, q.dtype)
-        dropouts = weights[len(parts):]
+        all_numbers = weights[len(parts):]
         for i, (start, stop) in reversed(list(enumerate(parts))):
             att, part_d_y = weights[i], d_y[:, start:stop]
             d_att = torch.bmm(part_d_y, v[:, :stop].contiguous().mT)
             dropped_att = att
             if ctx.dropout_p:
-                d_att = drop(d_att, dropouts[i], ctx.dropout_p)
-                dropped_att = drop(att, dropouts[i], ctx.dropout_p)
+                d_att = drop(d_att, all_numbers[i], ctx.dropout_p)
+                dropped_att = drop(att, all_numbers[i], ctx.dropout_p)
             d_scores = torch._softmax_backward_data(d_att, att, -1, att.dtype)
             d_q[:, start:stop] = torch.bmm(d_scores, k[:, :stop])
             if d_k is None:  # the last queries see all keys

@@ -9,6 +9,7 @@ import time
 import torch
 from tqdm import tqdm
 
+from runtime import attention
 from runtime.console import get_first_line, note, warn
 
 OPTIMIZER_METHODS = 'add_param_group', 'zero_grad', 'state_dict', 'load_state_dict'
@@ -31,19 +32,29 @@ def check_cache_folder():
 
 
 def postpone_import():
-    """Makes torch's optimizers work without its compiler, whose import takes a second.
+    """Makes torch's optimizers work without its compiler, whose import takes most of a second.
 
-    The first optimizer would import it, only to exclude these methods from compiling.
+    The first optimizer would import it, only to exclude these methods from compiling. They are
+    excluded again as soon as something here is compiled.
     """
-    for name in OPTIMIZER_METHODS:
-        method = getattr(getattr(torch.optim.Optimizer, name), '__wrapped__', None)
-        if method:
-            vars(method).setdefault('__dynamo_disable', method)
+    for method in list_excluded_methods():
+        vars(method).setdefault('__dynamo_disable', method)
+
+
+def list_excluded_methods():
+    """The methods of torch's optimizers that its compiler leaves out."""
+    methods = [getattr(torch.optim.Optimizer, name) for name in OPTIMIZER_METHODS]
+    return [method.__wrapped__ for method in methods if hasattr(method, '__wrapped__')]
 
 
 def run_step(optimizer, cls):
-    """cls.step(optimizer) without torch's wrappers of it, which import the compiler, too."""
-    with torch.no_grad():
+    """cls.step(optimizer) without torch's wrappers of it, which import the compiler, too.
+
+    They also switch gradients off and name the step for a profiler. Nobody else may have wrapped
+    it: see has_original_step().
+    """
+    name = f'Optimizer.step#{cls.__name__}.step'
+    with torch.no_grad(), torch.autograd.profiler.record_function(name):
         inspect.unwrap(cls.step)(optimizer)
 
 
@@ -155,8 +166,12 @@ def watch_compiler():
 
     Otherwise it would compile that in loss.backward(), where nothing can fall back.
     """
-    from torch._dynamo import callback  # here: its import takes a second
+    from torch._dynamo import callback  # here: its import takes most of a second
     if stopwatch.begin not in callback.callback_handler.start_callbacks:
         callback.on_compile_start(stopwatch.begin)
         callback.on_compile_end(stopwatch.end)
+        for method in list_excluded_methods():
+            if vars(method).get('__dynamo_disable') is method:
+                del method.__dynamo_disable
+        attention.draw_words = torch.compiler.disable(attention.draw_words)  # numpy draws them
     torch._functorch.config.force_non_lazy_backward_lowering = True

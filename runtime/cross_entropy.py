@@ -1,5 +1,5 @@
 """
-The output layer and the loss in one, so that the logits of a large vocabulary are never stored.
+The output layer and the loss in one, so that few logits of a large vocabulary exist at a time.
 """
 import math
 
@@ -15,9 +15,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     """F.cross_entropy(x @ weight.T, targets, ignore_index=-1) in float32.
 
     x (N, C), weight (V, C), targets (N). The gradients are computed in the forward pass, for some
-    rows at a time, so the logits (N, V) never exist as a whole. They would be the largest tensor
-    of all. After Hsu et al. 2024, https://arxiv.org/abs/2410.10989. F.linear_cross_entropy of
-    torch 2.13 takes twice the time, and rounds the loss to bfloat16.
+    rows at a time, because the logits (N, V) would be the largest tensor of all. After Hsu et al.
+    2024, https://arxiv.org/abs/2410.10989. F.linear_cross_entropy of torch 2.13 takes twice the
+    time, and rounds the loss to bfloat16.
 
     The matmuls take as many rows as MAX_BYTES of logits have. The softmax in float32 takes fewer:
     on a CPU so few that they stay in the cache. The gradients of the logits replace them.
@@ -53,7 +53,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError('the faster loss has no second derivative: '
                                'call the model outside of kernels.loss_only() for this')
         dx, dw = ctx.saved_tensors
-        if grad.device.type == 'cpu' and grad == 1:  # so there is nothing to multiply
+        is_known = grad.device.type == 'cpu' and type(grad) is torch.Tensor
+        if is_known and grad == 1:  # the usual case: nothing to multiply
             return dx, dw, None, None, None
         return dx * grad, dw * grad, None, None, None
 

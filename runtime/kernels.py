@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from runtime import attention, compiler
+from runtime import compiler
 from runtime.attention import MAX_DROPOUT, Attention, DropoutFunction, draw_numbers
 from runtime.console import note
 from runtime.cross_entropy import LossHead
@@ -200,7 +200,6 @@ def compile_model(model):
     if has_dropout and isinstance(loss_head, LossHead):
         loss_head.is_compiled = False
         LossHead.run_eagerly = torch.compiler.disable(LossHead.compute)
-    attention.draw_words = torch.compiler.disable(attention.draw_words)
     return compiler.compile_copy(model)
 
 

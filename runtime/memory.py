@@ -41,7 +41,7 @@ def estimate_training_bytes(config, num_params, optimizer_bytes, batch_size, dty
         layer_bytes += 8 * width * config.n_embd
     ptdtype = getattr(torch, dtype)
     if device_type == 'cpu' and is_faster(ptdtype, config.block_size, config.dropout):
-        num_tensors = 2 if config.dropout else 1  # attention's weights and their masks
+        num_tensors = 2 if config.dropout else 1  # attention's weights and their random numbers
         keys = count_keys(config.block_size, ptdtype)
         layer_bytes += 2 * width * num_tensors * config.n_head * keys
     if recomputes_layers:  # only one layer's activations, and the inputs of the others

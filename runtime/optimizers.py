@@ -154,7 +154,10 @@ class Muon(torch.optim.AdamW):
                     batches.setdefault(tuple(sorted(p.shape)), []).append(p)
             for shape, params in batches.items():
                 self.update(shape, params, group)
-        run_step(self, torch.optim.AdamW)
+        if has_original_step(self):
+            run_step(self, torch.optim.AdamW)
+        else:
+            super().step()
         return loss
 
     def update(self, shape, params, group):

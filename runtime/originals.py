@@ -137,12 +137,22 @@ def is_watched(model):
 
 
 def has_original_step(optimizer):
-    """Whether nobody's code runs in step() that would see gradients before they are clipped."""
-    step = getattr(type(optimizer), 'step', None)
-    is_original = (getattr(step, '__module__', None) or '').startswith(('torch.', 'runtime.'))
+    """Whether nobody's code runs before, in or after the optimizer's step()."""
     hooks = [getattr(optimizer, f'_optimizer_step_{when}_hooks', None) for when in ('pre', 'post')]
     has_hook = any([*hooks, _global_optimizer_pre_hooks, _global_optimizer_post_hooks])
-    return is_original and not has_hook and 'step' not in vars(optimizer)
+    steps = [getattr(cls, 'step', None) for cls in type(optimizer).__mro__ if 'step' in vars(cls)]
+    return (bool(steps) and all(is_step_of_torch_or_ours(step) for step in steps)
+            and not has_hook and 'step' not in vars(optimizer))
+
+
+def is_step_of_torch_or_ours(step):
+    """Whether this method, and all that it wraps, comes from torch or from runtime/."""
+    while step:
+        owner = getattr(step, '__globals__', {}).get('__name__', '')
+        if not owner.startswith(('torch.', 'runtime.')):
+            return False
+        step = getattr(step, '__wrapped__', None)
+    return True
 
 
 def is_torchs(function):

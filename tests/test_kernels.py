@@ -225,7 +225,7 @@ def test_attention_has_no_second_derivative():
 @pytest.mark.parametrize('T', [20, 64, 200, 600])
 @pytest.mark.parametrize('p', [0.0, 0.2])
 def test_the_memory_estimate_has_the_weights_of_attention(T, p):
-    """The weights, and with dropout their masks, are what it stores besides q, k and v."""
+    """The weights, and with dropout their random numbers, are what it stores besides q, k and v."""
     num_bytes = []
     q, k, v = make_qkv(T, torch.bfloat16)
 
@@ -283,6 +283,18 @@ def test_the_loss_alone_is_the_same_loss(dtype, max_bytes, divisor, monkeypatch)
         # attention takes another path where there are no gradients
         tolerance = 1e-6 if dtype == 'float32' else 1e-4
         assert abs(compute_loss(model, x, y)[1] - loss) < tolerance * loss
+
+
+def test_the_loss_alone_has_the_same_gradients_twice():
+    model = make_model(**CONFIGS['large vocabulary'])
+    kernels.accelerate(model, 'cpu', 'float32')
+    loss = compute_loss(model, *make_batch(model))[1]
+    params = list(model.parameters())
+    first = torch.autograd.grad(loss, params, retain_graph=True)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for p, grad in zip(params, first):
+        torch.testing.assert_close(p.grad, 2 * grad)
 
 
 # -----------------------------------------------------------------------------

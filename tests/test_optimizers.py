@@ -1,5 +1,6 @@
 """The optimizers against torch's, Muon on several ranks, and updates that must be skipped."""
 import copy
+import functools
 import math
 import os
 
@@ -378,3 +379,21 @@ def test_a_run_continues_with_its_momentum(char_data, tmp_path):
     assert 'momentum=0.8 come from the checkpoint' in out
     state = checkpoint.load(str(tmp_path / 'ckpt.pt'))['optimizer']
     assert state['param_groups'][2]['momentum'] == 0.8
+
+
+@pytest.mark.parametrize('optim', ['adamw', 'muon'])
+def test_a_function_around_the_step_of_all_optimizers(optim, monkeypatch):
+    model, calls = make_model(), []
+    step = torch.optim.AdamW.step
+
+    @functools.wraps(step)
+    def log(self, *args):
+        calls.append(self)
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, 'step', log)
+    optimizer = make_optimizer(model, optim=optim)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    clip_and_step(optimizer, torch.amp.GradScaler('cpu', enabled=False), 1.0)
+    assert calls == [optimizer]

@@ -87,7 +87,7 @@ def test_mistakes(args, words):
 
 
 def test_the_recipes_find_what_they_import():
-    for name in ('race', 'ablation', 'sizes', 'memory', 'scaling'):
+    for name in ('race', 'ablation', 'sizes', 'memory', 'scaling', 'growth', 'peers/hf'):
         path = os.path.join(ROOT, 'recipes', f'{name}.py')
         subprocess.run([sys.executable, path, '--help'], check=True, capture_output=True)
 

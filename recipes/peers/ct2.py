@@ -59,12 +59,21 @@ def build():
 generator = build()
 rng = np.random.default_rng(1337)
 prompts = [[f't{i}' for i in rng.integers(vocab_size, size=16)] for _ in range(num_samples)]
-for _ in sys.stdin if turns else [None]:
-    t0 = time.perf_counter()
-    results = generator.generate_batch(
+
+
+def generate():
+    """Draws all the tokens."""
+    return generator.generate_batch(
         prompts, max_length=max_new_tokens, min_length=max_new_tokens,
         sampling_topk=min(200, vocab_size), sampling_temperature=0.8, beam_size=1,
         include_prompt_in_result=False)
+
+
+if not turns:
+    generate()  # allocates
+for _ in sys.stdin if turns else [None]:
+    t0 = time.perf_counter()
+    results = generate()
     seconds = time.perf_counter() - t0
     tokens = sum(len(result.sequences_ids[0]) for result in results)
     assert tokens == num_samples * max_new_tokens, tokens

@@ -19,7 +19,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..'))
-from runtime import memory, settings
+from runtime import settings
 from runtime.console import ROOT
 
 outtype = 'q8_0'  # f32 | bf16 | q8_0 | q4_0: the format of the matrices
@@ -94,8 +94,18 @@ def load(path):
     return llama.llama_init_from_model(model, options)
 
 
+def read_process_bytes():
+    """Bytes of memory that this process has. (That of runtime/memory.py would import torch.)"""
+    with open('/proc/self/status') as f:
+        line = next(line for line in f if line.startswith('VmRSS'))
+    return int(line.split()[1]) * 1024
+
+
 def decode(tokens, positions):
-    """Computes the logits after the last of these tokens (sequences, tokens) of each sequence."""
+    """Computes the logits after the last of these tokens (sequences, tokens) of each sequence.
+
+    Returns the indexes of these last tokens.
+    """
     rows, columns = tokens.shape
     batch.n_tokens = tokens.size
     for i, token in enumerate(tokens.flat):
@@ -113,9 +123,10 @@ def generate():
     """Draws all the tokens."""
     llama.llama_memory_clear(llama.llama_get_memory(context), True)
     indexes = decode(prompts, range(PROMPT_LENGTH))
-    for position in range(PROMPT_LENGTH, PROMPT_LENGTH + max_new_tokens):
-        tokens = [llama.llama_sampler_sample(sampler, context, i) for i in indexes]
-        indexes = decode(np.array(tokens)[:, None], [position])
+    for i in range(max_new_tokens):
+        tokens = [llama.llama_sampler_sample(sampler, context, index) for index in indexes]
+        if i < max_new_tokens - 1:
+            indexes = decode(np.array(tokens)[:, None], [PROMPT_LENGTH + i])
 
 
 silence = llama.llama_log_callback(lambda *_: None)  # it must not be freed
@@ -129,10 +140,12 @@ for step in (llama.llama_sampler_init_top_k(200), llama.llama_sampler_init_temp(
     llama.llama_sampler_chain_add(sampler, step)
 batch = llama.llama_batch_init(num_samples * PROMPT_LENGTH, 0, 1)
 prompts = rng.integers(vocab_size, size=(num_samples, PROMPT_LENGTH))
+if not turns:
+    generate()  # reads the file into memory
 for _ in sys.stdin if turns else [None]:
     t0 = time.perf_counter()
     generate()
     seconds = time.perf_counter() - t0
     print(json.dumps(dict(what='decode', outtype=outtype, num_samples=num_samples,
                           tokens_per_s=num_samples * max_new_tokens / seconds,
-                          process_memory_bytes=memory.read_process_bytes())), flush=True)
+                          process_memory_bytes=read_process_bytes())), flush=True)
