@@ -255,7 +255,6 @@ profiler = timing.start_profiler(out_dir) if profile else None
 times, *their_times = timing.measure_in_turns(works, device, repeats, tokens_each,
                                               short_works=[] if profile else in_process)
 peak_bytes = timing.read_peak_memory(device)
-process_bytes = memory.read_process_bytes()
 
 # -----------------------------------------------------------------------------
 # the report
@@ -267,8 +266,7 @@ result = dict(what=what, compare=compare, device=name, dtype=dtype, weights=weig
               date=datetime.date.today().isoformat(), optim=optim, moments_dtype=moments_dtype,
               activation_checkpointing=activation_checkpointing, **vars(model.config),
               batch_size=num_samples if is_sampling else batch_size, times=len(times),
-              ms_per_iter=1000 * dt, peak_memory_bytes=peak_bytes,
-              process_memory_bytes=process_bytes)
+              ms_per_iter=1000 * dt, peak_memory_bytes=peak_bytes)
 if profiler:
     result.update(profile=timing.print_profile(profiler, device_type, out_dir))
 result.update(timing.print_times(times, their_times[0] if compare else None, tokens_each))
@@ -282,6 +280,7 @@ if what == 'prefill':
     flops = timing.count_prefill_flops(model.config, num_params, num_samples, prompt_length)
     result.update(timing.print_matmul_share(times, flops, device, ptdtype))
 if what == 'decode':  # each token needs all the weights once
+    result['process_memory_bytes'] = memory.read_process_bytes()
     num_bytes = linears.count_bytes(model) or num_params * ptdtype.itemsize
     result.update(timing.print_read_share(times, max_new_tokens, num_bytes, device))
 if peak_bytes:

@@ -89,9 +89,14 @@ def read_free_memory(device):
 
 def read_available_bytes():
     """Bytes that the system has left; None without Linux."""
+    return read_linux_size('/proc/meminfo', 'MemAvailable')
+
+
+def read_linux_size(path, name):
+    """The size with this name in a file of /proc, in bytes; None if there is none."""
     try:
-        with open('/proc/meminfo') as f:
-            line = next(line for line in f if line.startswith('MemAvailable'))
+        with open(path) as f:
+            line = next(line for line in f if line.startswith(f'{name}:'))
     except (OSError, StopIteration):
         return None
     return int(line.split()[1]) * 1024
@@ -189,12 +194,7 @@ def return_freed_memory():
 def read_process_bytes():
     """Bytes of memory that this process has, without what it has freed; None without Linux."""
     return_freed_memory()
-    try:
-        with open('/proc/self/status') as f:
-            line = next(line for line in f if line.startswith('VmRSS'))
-    except (OSError, StopIteration):
-        return None
-    return int(line.split()[1]) * 1024
+    return read_linux_size('/proc/self/status', 'VmRSS')
 
 
 def explain_out_of_memory(device, batch_size, block_size, gradient_accumulation_steps):
