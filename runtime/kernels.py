@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from runtime import compiler
+from runtime import compiler, replay
 from runtime.attention import MAX_DROPOUT, Attention, DropoutFunction, draw_numbers
 from runtime.console import note
 from runtime.cross_entropy import LossHead
@@ -74,17 +74,24 @@ def is_stateless(part):
 def loss_only(model):
     """In this context model(idx, targets) gives None for the logits, which take much memory.
 
-    If the loss or the forward pass of the model was changed, there are logits nevertheless.
+    If the loss or the forward pass of the model was changed, there are logits nevertheless. A small
+    model on a CPU is played from a recording.
     """
-    loss_head = None if stores_logits(model) else model.loss_head
-    if loss_head:
-        gave_logits = loss_head.gives_logits
-        loss_head.gives_logits = False
+    player = replay.find_player(model)
+    if not player and stores_logits(model):
+        yield
+        return
+    loss_head = model.loss_head
+    gave_logits = loss_head.gives_logits
+    loss_head.gives_logits = False
+    if player:
+        model.forward = functools.partial(player.forward, model)
     try:
         yield
     finally:
-        if loss_head:
-            loss_head.gives_logits = gave_logits
+        loss_head.gives_logits = gave_logits
+        if player:
+            del model.forward
 
 
 def stores_logits(model):
@@ -200,6 +207,7 @@ def compile_model(model):
     if has_dropout and isinstance(loss_head, LossHead):
         loss_head.is_compiled = False
         LossHead.run_eagerly = torch.compiler.disable(LossHead.compute)
+    replay.exclude(model)  # loss_only(model) must not change what is compiled
     return compiler.compile_copy(model)
 
 

@@ -84,12 +84,12 @@ def measure(work, device, repeats=1, tokens=None):
 
 
 def measure_row(work, device, tokens):
-    """measure(), with short work repeated for a third of a second, as in training.
+    """measure(), with short work repeated for a second, as in training.
 
     Then the device need not be waited for in between.
     """
     seconds = measure(work, device, tokens=tokens)
-    repeats = min(100, int(0.3 / seconds))
+    repeats = min(100, int(1 / seconds))
     return measure(work, device, repeats, tokens) if repeats > 1 else seconds
 
 
