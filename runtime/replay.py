@@ -12,6 +12,7 @@ it is written. tests/test_replay.py compares the two.
 import contextlib
 import functools
 import operator
+import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -261,11 +262,12 @@ def can_play(config, idx, targets):
 
 
 def is_observed():
-    """Whether something looks at each operation, or at what the backward pass needs."""
+    """Whether something looks at each operation: a debugger, a profiler, a mode of torch, a hook."""
     return (torch.compiler.is_compiling() or has_global_hook() or torch.is_anomaly_enabled()
             or torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()
             or torch._C._are_functorch_transforms_active()
-            or torch._C._autograd._top_saved_tensors_default_hooks(False))
+            or torch._C._autograd._top_saved_tensors_default_hooks(False)
+            or torch._C._autograd._profiler_enabled() or sys.gettrace())
 
 
 def list_methods(model, modules):

@@ -1,0 +1,53 @@
+"""
+What generating with LitGPT costs: Pythia-160m, of the same size as GPT-2 124M without embeddings.
+
+    pip install litgpt==0.5.13
+    python recipes/peers/lit.py
+
+It has random weights in bfloat16, and no batches. The last line is JSON. With --turns=True it
+measures once for each line on stdin, as bench.py --compare="..." wants it.
+"""
+import json
+import os
+import sys
+import time
+
+import torch
+from litgpt import GPT, Config
+from litgpt.generate.base import generate
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..'))
+from runtime import memory, settings
+from runtime.console import ROOT
+
+name = 'pythia-160m'  # of LitGPT's configurations
+dtype = 'bfloat16'
+max_new_tokens = 100  # tokens of the sequence
+turns = False  # measure once for each line on stdin
+exec(open(os.path.join(ROOT, 'configurator.py'), encoding='utf-8').read())
+
+settings.check(config)
+torch.manual_seed(1337)
+model = GPT(Config.from_name(name)).to(getattr(torch, dtype)).eval()
+with torch.inference_mode():
+    model.set_kv_cache(batch_size=1, dtype=getattr(torch, dtype))
+prompt = torch.randint(model.config.vocab_size, (16,))
+
+
+def draw():
+    """Draws all the tokens."""
+    idx = generate(model, prompt, len(prompt) + max_new_tokens, temperature=0.8, top_k=200)
+    assert len(idx) == len(prompt) + max_new_tokens
+    for block in model.transformer.h:
+        block.attn.kv_cache.reset_parameters()
+
+
+if not turns:
+    draw()  # allocates
+for _ in sys.stdin if turns else [None]:
+    t0 = time.perf_counter()
+    draw()
+    seconds = time.perf_counter() - t0
+    print(json.dumps(dict(what='decode', name=name, dtype=dtype,
+                          tokens_per_s=max_new_tokens / seconds,
+                          process_memory_bytes=memory.read_process_bytes())), flush=True)
