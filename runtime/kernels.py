@@ -77,20 +77,18 @@ def loss_only(model):
     If the loss or the forward pass of the model was changed, there are logits nevertheless. A small
     model on a CPU is played from a recording.
     """
-    player = replay.find_player(model)
-    if not player and stores_logits(model):
+    if stores_logits(model):
         yield
         return
     loss_head = model.loss_head
     gave_logits = loss_head.gives_logits
     loss_head.gives_logits = False
-    if player:
-        model.forward = functools.partial(player.forward, model)
+    forward = model.forward = functools.partial(replay.compute_loss, model)
     try:
         yield
     finally:
         loss_head.gives_logits = gave_logits
-        if player:
+        if vars(model).get('forward') is forward:
             del model.forward
 
 
@@ -207,7 +205,6 @@ def compile_model(model):
     if has_dropout and isinstance(loss_head, LossHead):
         loss_head.is_compiled = False
         LossHead.run_eagerly = torch.compiler.disable(LossHead.compute)
-    replay.exclude(model)  # loss_only(model) must not change what is compiled
     return compiler.compile_copy(model)
 
 

@@ -12,145 +12,75 @@ it is written. tests/test_replay.py compares the two.
 import contextlib
 import functools
 import operator
+import os
 import sys
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from runtime.cross_entropy import LossHead
-from runtime.originals import (
-    BACKWARD_HOOKS,
-    FORWARD_HOOKS,
-    GLOBALS,
-    has_global_hook,
-    is_original_model,
-    is_torchs,
-    is_watched,
-)
+from runtime import originals
+from runtime.console import note
+from runtime.cross_entropy import DTYPES, LossHead
+from runtime.recorder import NotRecorded, record
 
-# the largest B * T * C. With 393,000 elements a step of 6 layers took 0.81 of the time, and with
-# 1.6 million 0.92, but more memory
+# B * T * C. A step of 6 layers took 0.81 of the time with 393,000 elements, 0.92 with 1.6 million
 MAX_ELEMENTS = 2 ** 19
+MAX_WEIGHTS = 2 ** 24  # the number of weights times that of the parts, which have gradients for all
 MAX_LOGITS = 2 ** 22  # B * T * V. For more of them LossHead doesn't store all
-ALIASES = torch.ops.aten.detach.default, torch.ops.aten.alias.default
-FUNCTIONS = ('embedding', 'linear', 'layer_norm', 'gelu', 'relu', 'dropout', 'pad',
-             'scaled_dot_product_attention', 'cross_entropy')
+MAX_RECORDINGS = 16  # kinds of batches, and changes of a model
+# attributes of each module that decide what it computes
+NAMES = {'forward', '_compiled_call_impl', '_parameters', '_modules', *originals.FORWARD_HOOKS,
+         *originals.BACKWARD_HOOKS}
+FUNCTIONS = *originals.PLAIN_FUNCTIONS, *originals.FUNCTIONS.values()
 
 
-# -----------------------------------------------------------------------------
-# recording
-class Recorder(TorchDispatchMode):
-    """In this context torch's operations on the inputs are written down in TorchScript."""
-
-    def __init__(self, inputs):
-        super().__init__()
-        self.names = {}  # by the id of a tensor
-        self.tensors = []  # they must live, so that no other tensor gets the same id
-        arguments = ', '.join(f'{self.name(tensor)}: Tensor' for tensor in inputs)
-        self.lines = [f'def play({arguments}):']
-
-    @classmethod
-    def _should_skip_dynamo(cls):
-        return False  # otherwise torch imports its compiler, which takes a second
-
-    def name(self, tensor):
-        """The name of a tensor; a new one if an operation has made it, and not changed it."""
-        if id(tensor) not in self.names:
-            self.names[id(tensor)] = f't{len(self.tensors)}'
-            self.tensors.append(tensor)
-        return self.names[id(tensor)]
-
-    def write(self, value):
-        """An argument of an operation in TorchScript. KeyError if it is an unknown tensor."""
-        if isinstance(value, torch.Tensor):
-            return self.names[id(value)]
-        if isinstance(value, (tuple, list)):
-            return f"[{', '.join(map(self.write, value))}]"
-        if isinstance(value, float):
-            return f"float('{value}')"  # also of inf
-        return f"'{value}'" if isinstance(value, torch.device) else repr(value)
-
-    def __torch_dispatch__(self, operation, types, args=(), options=None):
-        options = options or {}
-        result = operation(*args, **options)
-        if operation in ALIASES:
-            self.names[id(result)] = self.write(args[0])
-            self.tensors.append(result)
-        elif isinstance(result, (torch.Tensor, tuple, list)):
-            arguments = [self.write(value) for value in args]
-            arguments += [f'{name}={self.write(value)}' for name, value in options.items()]
-            results = [result] if isinstance(result, torch.Tensor) else result
-            names = ', '.join(map(self.name, results))
-            function = operation.overloadpacket  # such as aten.mm
-            self.lines.append(f"    {names} = torch.ops.{function}({', '.join(arguments)})")
-        else:  # a number from tensors would be another one in the next step
-            assert not any(isinstance(value, torch.Tensor) for value in args), operation
-        return result
-
-    def compile(self, outputs):
-        """The TorchScript function of the inputs that computes these tensors."""
-        lines = [*self.lines, f'    return {self.write(outputs)}', '']
-        return torch.jit.CompilationUnit('\n'.join(lines)).play
-
-
-def record(model, weights, idx, targets, num_parts):
-    """Records the forward pass for idx and targets, one of num_parts of a batch.
-
-    While gradients are enabled it records the backward pass, too. Returns a function of all
-    weights, idx and targets, and the weights that have gradients. The function gives this part's
-    share of the loss and its gradients.
-    """
-    trained_weights = [p for p in weights if p.requires_grad and torch.is_grad_enabled()]
-    with Recorder([*weights, idx, targets]) as recorder:
-        _, loss = type(model).forward(model, idx, targets)
-        share = loss / num_parts
-        grads = []
-        if trained_weights:
-            with torch.autocast('cpu', enabled=False):
-                grads = torch.autograd.grad(share, trained_weights, allow_unused=True)
-    used = [(p, grad) for p, grad in zip(trained_weights, grads) if grad is not None]
-    return recorder.compile([share, *(grad for _, grad in used)]), [p for p, _ in used]
-
-
-# -----------------------------------------------------------------------------
-# playing
 @functools.cache
 def start_threads(count):
-    """Threads that play parts next to the main thread."""
-    return ThreadPoolExecutor(max(1, count), 'player')
+    """Threads that each play a part of a batch, while the main thread plays another one."""
+    num_threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, 'player', prepare_thread)
+    barrier = threading.Barrier(count)
+    list(pool.map(lambda _: barrier.wait(), range(count)))  # now all of them are prepared
+    torch.set_num_threads(num_threads)  # new threads of others start with the last number
+    return pool
+
+
+def prepare_thread():
+    """Sets what torch keeps for each thread."""
+    torch.set_num_threads(1)
+    assert torch.get_num_threads() == 1  # else the thread's first operation would ask for a number
+    torch.set_grad_enabled(False)
+    # with optimization TorchScript computes the second time in another order
+    torch._C._set_graph_executor_optimize(False)
 
 
 @contextlib.contextmanager
-def prepare_thread(num_threads, num_threads_after):
-    """In this context this thread uses so many of torch's threads, and only computes."""
-    torch.set_num_threads(num_threads)
+def use_one_thread():
+    """In this context the main thread computes as those of start_threads() do."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        # with optimization TorchScript computes the second time in another order
         with torch.no_grad(), torch.autocast('cpu', enabled=False), \
                 torch.jit.optimized_execution(False):
             yield
     finally:
-        torch.set_num_threads(num_threads_after)
+        torch.set_num_threads(num_threads)
 
 
-def play(script, arguments, num_threads):
-    """script(*arguments) in a thread that start_threads() started."""
-    with prepare_thread(*num_threads):
-        return script(*arguments)
+if hasattr(os, 'register_at_fork'):  # a child process doesn't have these threads
+    os.register_at_fork(after_in_child=start_threads.cache_clear)
 
 
 def play_parts(script, weights, parts):
     """The sums of the script's results for the parts of a batch, which are played together."""
-    total_threads = torch.get_num_threads()
-    num_threads = max(1, total_threads // len(parts)), total_threads
     first_part, *other_parts = parts
-    pool = start_threads(len(other_parts))
-    futures = [pool.submit(play, script, (*weights, *part), num_threads) for part in other_parts]
-    with prepare_thread(*num_threads):
+    pool = start_threads(max(1, torch.get_num_threads() - 1))
+    futures = [pool.submit(script, *weights, *part) for part in other_parts]
+    with use_one_thread():
         sums = script(*weights, *first_part)
         for future in futures:
             torch._foreach_add_(sums, future.result())
@@ -161,7 +91,7 @@ class PlayedLoss(torch.autograd.Function):
     """The loss of a batch by a script of record(), which also computes the gradients."""
 
     @staticmethod
-    def forward(ctx, script, weights, parts, *trained_weights):
+    def forward(ctx, script, weights, parts, *weights_with_gradients):
         loss, *grads = play_parts(script, weights, parts)
         ctx.save_for_backward(*grads)
         return loss
@@ -177,116 +107,142 @@ class PlayedLoss(torch.autograd.Function):
         return None, None, None, *grads
 
 
-class Player:
-    """Plays the training step of a model, as long as the model is as it was."""
+def compute_loss(model, idx, targets=None):
+    """GPT.forward() of a model in kernels.loss_only(), from a recording if that is the same."""
+    if can_play(model, idx, targets):
+        forward = vars(model).pop('forward')  # which loss_only() has set
+        player = find_player(model)
+        vars(model)['forward'] = forward
+        recording, parts = player.find_recording(model, idx, targets)
+        if recording:
+            script, weights_with_gradients = recording
+            return None, PlayedLoss.apply(script, player.weights, parts, *weights_with_gradients)
+    return type(model).forward(model, idx, targets)
 
-    def __init__(self, model):
-        modules = list(model.modules())
+
+class Player:
+    """The recordings of a model's step, as the model is now."""
+
+    def __init__(self, model, num_changes=0):
+        self.num_changes = num_changes
         self.config = model.config
-        self.parts = modules[1:]  # not the model: players must not keep it alive
+        self.submodules = list(model.modules())[1:]  # not the model: players must not keep it alive
         self.weights = list(model.parameters())
-        self.methods = list_methods(model, modules)
-        self.places = list_places(modules, type(model).forward.__globals__)
-        self.children = [module._modules for module in modules]
-        self.hooks = [getattr(module, name) for module in modules
-                      for name in FORWARD_HOOKS + BACKWARD_HOOKS]
-        self.state = self.read_state()
+        self.num_weights = sum(p.numel() for p in self.weights)
+        self.classes = {type(model), *map(type, self.submodules)}
+        self.places = list_places(model)
+        self.children = [module._modules for module in model.modules()]
+        self.hooks = [getattr(module, name) for module in model.modules()
+                      for name in originals.FORWARD_HOOKS + originals.BACKWARD_HOOKS]
+        self.objects, self.numbers = self.read_state(model)
+        self.can_record = num_changes < MAX_RECORDINGS and can_record(model)
         self.recordings = {}  # what record() returned, by the kind of the batch
 
-    def read_state(self):
-        """All that decides what an unchanged model computes, except the numbers in its weights."""
-        methods = [getattr(cls, name) for cls, name in self.methods]
-        return [*map(type, self.parts), *methods,
-                *(getattr(method, '__code__', None) for method in methods),
-                *map(dict.get, *zip(*self.places)), *map(len, self.children),
-                self.config.vocab_size, *(p.requires_grad for p in self.weights),
-                *(p.dtype for p in self.weights), *(p._backward_hooks for p in self.weights)]
+    def read_state(self, model):
+        """All that decides what an unchanged model computes, except the numbers in its weights.
 
-    def is_current(self):
+        These are objects that must be the same ones, and numbers that must be equal.
+        """
+        methods = [getattr(cls, name) for cls in self.classes for name in ('forward', '__call__')]
+        methods.append(getattr(type(model), 'embed', None))
+        objects = [type(model), *map(type, self.submodules), *methods,
+                   *(getattr(method, '__code__', None) for method in methods),
+                   *map(dict.get, *zip(*self.places))]
+        numbers = [self.config.vocab_size, *map(len, self.children),
+                   *((p.shape, p.dtype, p.requires_grad) for p in self.weights)]
+        return objects, numbers
+
+    def is_current(self, model):
         """Whether the model is as it was."""
-        return not any(self.hooks) and are_same(self.read_state(), self.state)
+        objects, numbers = self.read_state(model)
+        return numbers == self.numbers and are_same(objects, self.objects)
 
-    def forward(self, model, idx, targets=None):
-        """GPT.forward() of this model, which may give None for the logits."""
-        if not can_play(model.config, idx, targets):
-            return type(model).forward(model, idx, targets)
-        num_parts = next(n for n in range(torch.get_num_threads(), 0, -1) if len(idx) % n == 0)
+    def find_recording(self, model, idx, targets):
+        """The recording for batches like this one, or None; and the parts of the batch."""
+        if not self.can_record or any(self.hooks) or any(p._backward_hooks for p in self.weights):
+            return None, []
+        num_threads = torch.get_num_threads()
+        max_parts = min(num_threads, MAX_WEIGHTS // self.num_weights)
+        num_parts = max((n for n in range(1, max_parts + 1) if len(idx) % n == 0), default=0)
+        if num_parts <= num_threads // 2:  # too many threads would have nothing to do
+            return None, []
         parts = list(zip(idx.contiguous().chunk(num_parts), targets.contiguous().chunk(num_parts)))
-        dtype = torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu')
-        kind = idx.shape, idx.dtype, targets.dtype, num_parts, dtype, torch.is_grad_enabled()
-        if kind not in self.recordings:
-            self.recordings[kind] = record(model, self.weights, *parts[0], num_parts)
-        script, trained_weights = self.recordings[kind]
-        return None, PlayedLoss.apply(script, self.weights, parts, *trained_weights)
+        kind = (idx.shape, idx.dtype, targets.dtype, num_parts, torch.is_grad_enabled(),
+                torch.is_autocast_enabled('cpu'), torch.get_autocast_dtype('cpu'))
+        if kind not in self.recordings and len(self.recordings) < MAX_RECORDINGS:
+            try:
+                self.recordings[kind] = record(model, self.weights, *parts[0], num_parts)
+            except NotRecorded as e:
+                note(f'the training step runs as it is written, because {e}')
+                self.recordings[kind] = None
+        return self.recordings.get(kind), parts
 
 
 # -----------------------------------------------------------------------------
 # whether a recording computes the same as the model
-players = weakref.WeakKeyDictionary()  # of each model, or None; a copy of a model gets its own
+players = weakref.WeakKeyDictionary()  # by their models; a copy of a model gets its own
 
 
 def find_player(model):
-    """The player of this model. None if it can't be played, or was changed since the first call."""
-    if model not in players:
-        players[model] = Player(model) if can_record(model) else None
-    player = players[model]
-    return player if player and player.is_current() else None
-
-
-def exclude(model):
-    """Leaves this model out, which something else makes faster."""
-    players[model] = None
+    """The player of this model, as it is now."""
+    player = players.get(model)
+    if player is None:
+        player = players[model] = Player(model)
+    elif not player.is_current(model):
+        player = players[model] = Player(model, player.num_changes + 1)
+    return player
 
 
 def can_record(model):
     """Whether nobody has changed the model, and its training step draws no random numbers."""
-    weights = list(model.parameters())
-    if any(p.device.type != 'cpu' or p._backward_hooks for p in weights):
+    if any(p.device.type != 'cpu' or p.dtype not in DTYPES for p in model.parameters()):
         return False
     if any(isinstance(part, nn.Dropout) and part.p for part in model.modules()):
         return False
-    return (is_original_model(model) and is_torchs(F.dropout) and not is_watched(model)
-            and isinstance(model.loss_head, LossHead) and model.loss_head.can_join(model.lm_head))
+    return (originals.is_original_model(model) and not originals.is_watched(model)
+            and originals.is_torchs(F.dropout) and isinstance(model.loss_head, LossHead)
+            and model.loss_head.can_join(model.lm_head))
 
 
-def can_play(config, idx, targets):
-    """Whether a recording can take this batch, and computes the same."""
-    if targets is None or is_observed():
-        return False
+def can_play(model, idx, targets):
+    """Whether a recording can take this batch."""
+    if torch.compiler.is_compiling() or targets is None or idx.device.type != 'cpu':
+        return False  # a compiled model doesn't look further
+    config = model.config
     if idx.dim() != 2 or idx.shape != targets.shape or idx.size(1) != config.block_size:
         return False
-    is_small = (idx.numel() * config.n_embd <= MAX_ELEMENTS
-                and idx.numel() * config.vocab_size <= MAX_LOGITS)
-    # with ignored targets the parts would have different numbers of targets
-    return is_small and idx.device.type == 'cpu' and not (targets < 0).any()
+    if (idx.numel() * config.n_embd > MAX_ELEMENTS or idx.numel() * config.vocab_size > MAX_LOGITS
+            or (torch.is_grad_enabled() and not model.training) or is_observed()):
+        return False
+    if torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu') not in DTYPES:
+        return False
+    # with ignored targets the parts would have different numbers of targets; for ids outside of the
+    # vocabulary the model has its own error
+    return all(0 <= ids.min() and ids.max() < config.vocab_size for ids in (idx, targets))
 
 
 def is_observed():
-    """Whether something looks at each operation: a debugger, a profiler, a mode of torch, a hook."""
-    return (torch.compiler.is_compiling() or has_global_hook() or torch.is_anomaly_enabled()
+    """Whether a debugger, a profiler, a mode of torch or a hook looks at each operation."""
+    debugger = sys.gettrace()
+    if hasattr(sys, 'monitoring'):
+        debugger = debugger or sys.monitoring.get_tool(sys.monitoring.DEBUGGER_ID)
+    return (debugger or originals.has_global_hook() or torch.is_anomaly_enabled()
             or torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()
-            or torch._C._are_functorch_transforms_active()
+            or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state()
             or torch._C._autograd._top_saved_tensors_default_hooks(False)
-            or torch._C._autograd._profiler_enabled() or sys.gettrace())
+            or torch._C._autograd._profiler_enabled())
 
 
-def list_methods(model, modules):
-    """The methods that compute something: (class, name), ..."""
-    classes = set(map(type, modules))
-    return [(type(model), 'embed'),
-            *((cls, name) for cls in classes for name in ('forward', '__call__'))]
-
-
-def list_places(modules, code_globals):
-    """Where a change would change what the modules compute: (a dict, a key in it), ...
-
-    code_globals are those of the model's code.
-    """
-    places = [(code_globals, name) for name in GLOBALS]
+def list_places(model):
+    """Where a change would change what the model computes: (a dict, a key in it), ..."""
+    code_globals = getattr(type(model).forward, '__globals__', {})
+    places = [(code_globals, name) for name in originals.GLOBALS]
     places += [(vars(F), name) for name in FUNCTIONS]
-    for module in modules:
-        own_names = vars(module).keys() - vars(nn.Module()).keys()
-        places += [(vars(module), name) for name in own_names | {'forward', '_compiled_call_impl'}]
+    for module in model.modules():
+        names = vars(module).keys() - vars(nn.Module()).keys() | NAMES
+        if module is model:  # kernels.loss_only() has set its forward()
+            names = names - {'forward'} | {'embed'}
+        places += [(vars(module), name) for name in names]
         places += [(module._parameters, name) for name in module._parameters]
         places += [(module._modules, name) for name in module._modules]
     return places

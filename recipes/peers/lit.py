@@ -29,17 +29,15 @@ exec(open(os.path.join(ROOT, 'configurator.py'), encoding='utf-8').read())
 settings.check(config)
 torch.manual_seed(1337)
 model = GPT(Config.from_name(name)).to(getattr(torch, dtype)).eval()
-with torch.inference_mode():
-    model.set_kv_cache(batch_size=1, dtype=getattr(torch, dtype))
 prompt = torch.randint(model.config.vocab_size, (16,))
+model.max_seq_length = len(prompt) + max_new_tokens  # as LitGPT's own scripts set it
+model.set_kv_cache(batch_size=1, dtype=getattr(torch, dtype))
 
 
 def draw():
     """Draws all the tokens."""
     idx = generate(model, prompt, len(prompt) + max_new_tokens, temperature=0.8, top_k=200)
     assert len(idx) == len(prompt) + max_new_tokens
-    for block in model.transformer.h:
-        block.attn.kv_cache.reset_parameters()
 
 
 if not turns:
