@@ -61,10 +61,14 @@ class Recorder(TorchDispatchMode):
             raise NotRecorded(f'{operation} gives a number')
         return result
 
-    def compile(self, outputs):
-        """The TorchScript function of the inputs that computes these tensors."""
-        lines = [*self.lines, f'    return {self.write(outputs)}', '']
-        return torch.jit.CompilationUnit('\n'.join(lines)).play
+    def write_function(self, outputs):
+        """The TorchScript function of the inputs that computes these tensors, as text."""
+        return '\n'.join([*self.lines, f'    return {self.write(outputs)}', ''])
+
+
+def compile_function(text):
+    """The function of this text. It keeps what the variables here refer to: no tensors."""
+    return torch.jit.CompilationUnit(text).play
 
 
 def record(model, weights, idx, targets, num_parts):
@@ -86,4 +90,5 @@ def record(model, weights, idx, targets, num_parts):
             with torch.autocast('cpu', enabled=False):
                 grads = torch.autograd.grad(share, trainable_weights, allow_unused=True)
             pairs = [(p, grad) for p, grad in zip(trainable_weights, grads) if grad is not None]
-    return recorder.compile([share, *(grad for _, grad in pairs)]), [p for p, _ in pairs]
+    text = recorder.write_function([share, *(grad for _, grad in pairs)])
+    return compile_function(text), [p for p, _ in pairs]

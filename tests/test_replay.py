@@ -518,6 +518,15 @@ def test_observers():
     check(model)
 
 
+def test_recordings_keep_no_tensors():
+    model = make_fast_model()
+    gc.collect()
+    before = sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+    check(model)
+    gc.collect()
+    assert sum(isinstance(x, torch.Tensor) for x in gc.get_objects()) <= before
+
+
 def test_copies_and_memory():
     """A copy of a model has its own recording, and a recording doesn't keep a model."""
     model = make_fast_model()
