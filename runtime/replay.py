@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from runtime import originals
 from runtime.console import note
 from runtime.cross_entropy import DTYPES, LossHead
-from runtime.recorder import NotRecorded, record
+from runtime.replay_recorder import NotRecorded, record
 
 # B * T * C. A step of 6 layers took 0.81 of the time with 393,000 elements, 0.92 with 1.6 million
 MAX_ELEMENTS = 2 ** 19

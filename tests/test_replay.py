@@ -12,7 +12,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from model import GPT, GPTConfig
-from runtime import kernels, optimizers, recorder, replay
+from runtime import kernels, optimizers, replay
+from runtime.replay_recorder import NotRecorded, Recorder
 
 OPTIONS = dict(rope_base=100.0, qk_norm=True, relu2=True, tied=False, bigrams=60, embd_conv=2,
                bias=False)
@@ -547,9 +548,9 @@ def test_copies_and_memory():
 def test_what_cannot_be_recorded(capsys):
     """A number that was computed would be the same at each step."""
     x, y = torch.ones(3), torch.ones(3)
-    with pytest.raises(recorder.NotRecorded, match='_local_scalar_dense'), recorder.Recorder([x]):
+    with pytest.raises(NotRecorded, match='_local_scalar_dense'), Recorder([x]):
         (x * 2).sum().item()
-    with pytest.raises(recorder.NotRecorded), recorder.Recorder([x]):
+    with pytest.raises(NotRecorded), Recorder([x]):
         x + y
     model, plain_model = make_fast_model(), make_model()
     for m in (model, plain_model):

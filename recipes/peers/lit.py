@@ -4,7 +4,7 @@ What generating with LitGPT costs: Pythia-160m, of the same size as GPT-2 124M w
     pip install litgpt==0.5.13
     python recipes/peers/lit.py
 
-It has random weights in bfloat16, and no batches. The last line is JSON. With --turns=True it
+The model has random weights in bfloat16. It generates one sequence. The last line is JSON. With --turns=True it
 measures once for each line on stdin, as bench.py --compare="..." wants it.
 """
 import json
@@ -22,7 +22,7 @@ from runtime.console import ROOT
 
 name = 'pythia-160m'  # of LitGPT's configurations
 dtype = 'bfloat16'
-max_new_tokens = 100  # tokens of the sequence
+max_new_tokens = 100  # after a prompt of 16
 turns = False  # measure once for each line on stdin
 exec(open(os.path.join(ROOT, 'configurator.py'), encoding='utf-8').read())
 
