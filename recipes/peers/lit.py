@@ -4,8 +4,8 @@ What generating with LitGPT costs: Pythia-160m, of the same size as GPT-2 124M w
     pip install litgpt==0.5.13
     python recipes/peers/lit.py
 
-The model has random weights in bfloat16. It generates one sequence. The last line is JSON. With --turns=True it
-measures once for each line on stdin, as bench.py --compare="..." wants it.
+The model has random weights in bfloat16, and generates one sequence. The last line is JSON. With
+--turns=True it measures once for each line on stdin, as bench.py --compare="..." wants it.
 """
 import json
 import os
