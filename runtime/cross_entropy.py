@@ -99,6 +99,7 @@ class LossHead(nn.Module):
         self.plain = loss_head
         self.gives_logits = True  # see loss_only()
         self.is_compiled = True  # with the rest of a compiled model
+        self.player = None  # of the whole step of a small model, see runtime/replay.py
 
     def forward(self, lm_head, x, targets):
         if self.training and not self.is_compiled:

@@ -12,18 +12,16 @@ it is written. tests/test_replay.py compares the two.
 import contextlib
 import functools
 import operator
-import os
 import sys
 import threading
-import weakref
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
 from runtime import originals
-from runtime.console import note
+from runtime.console import get_first_line, note
 from runtime.cross_entropy import DTYPES, LossHead
 from runtime.replay_recorder import NotRecorded, record
 
@@ -31,11 +29,12 @@ from runtime.replay_recorder import NotRecorded, record
 MAX_ELEMENTS = 2 ** 19
 MAX_WEIGHTS = 2 ** 24  # the number of weights times that of the parts, which have gradients for all
 MAX_LOGITS = 2 ** 22  # B * T * V. For more of them LossHead doesn't store all
-MAX_RECORDINGS = 16  # kinds of batches, and changes of a model
-# attributes of each module that decide what it computes
-NAMES = {'forward', '_compiled_call_impl', '_parameters', '_modules', *originals.FORWARD_HOOKS,
-         *originals.BACKWARD_HOOKS}
-FUNCTIONS = *originals.PLAIN_FUNCTIONS, *originals.FUNCTIONS.values()
+MAX_RECORDINGS = 16  # kinds of batches
+METHODS = 'forward', '__call__', 'embed', 'compute'  # which compute something
+# attributes that decide what a module computes, next to those that its methods name
+ATTRIBUTES = {'forward', 'embed', 'compute', '_compiled_call_impl', '_parameters', '_modules',
+              *originals.FORWARD_HOOKS, *originals.BACKWARD_HOOKS}
+TORCH_FUNCTIONS = *originals.PLAIN_FUNCTIONS, *originals.FUNCTIONS.values()
 
 
 @functools.cache
@@ -52,7 +51,7 @@ def start_threads(count):
 def prepare_thread():
     """Sets what torch keeps for each thread."""
     torch.set_num_threads(1)
-    assert torch.get_num_threads() == 1  # else the thread's first operation would ask for a number
+    torch.get_num_threads()  # without this the thread's first operation would set all threads
     torch.set_grad_enabled(False)
     # with optimization TorchScript computes the second time in another order
     torch._C._set_graph_executor_optimize(False)
@@ -71,23 +70,24 @@ def use_one_thread():
         torch.set_num_threads(num_threads)
 
 
-if hasattr(os, 'register_at_fork'):  # a child process doesn't have these threads
-    os.register_at_fork(after_in_child=start_threads.cache_clear)
-
-
 def play_parts(script, weights, parts):
     """The sums of the script's results for the parts of a batch, which are played together."""
     first_part, *other_parts = parts
-    pool = start_threads(max(1, torch.get_num_threads() - 1))
-    futures = [pool.submit(script, *weights, *part) for part in other_parts]
-    with use_one_thread():
-        sums = script(*weights, *first_part)
-        for future in futures:
-            torch._foreach_add_(sums, future.result())
+    futures = []
+    if other_parts:
+        pool = start_threads(torch.get_num_threads() - 1)
+        futures = [pool.submit(script, *weights, *part) for part in other_parts]
+    try:
+        with use_one_thread():
+            sums = script(*weights, *first_part)
+            for future in futures:
+                torch._foreach_add_(sums, future.result())
+    finally:
+        wait(futures)  # also after an error they must not read the weights any longer
     return sums
 
 
-class PlayedLoss(torch.autograd.Function):
+class ReplayFunction(torch.autograd.Function):
     """The loss of a batch by a script of record(), which also computes the gradients."""
 
     @staticmethod
@@ -102,64 +102,69 @@ class PlayedLoss(torch.autograd.Function):
             raise RuntimeError('the faster training step has no second derivative: '
                                'call the model outside of kernels.loss_only() for this')
         grads = ctx.saved_tensors
-        if grad != 1:
-            grads = torch._foreach_mul(grads, grad)
+        if torch._C._are_functorch_transforms_active() or grad != 1:
+            grads = [grad * weight_grad for weight_grad in grads]
         return None, None, None, *grads
 
 
 def compute_loss(model, idx, targets=None):
     """GPT.forward() of a model in kernels.loss_only(), from a recording if that is the same."""
     if can_play(model, idx, targets):
-        forward = vars(model).pop('forward')  # which loss_only() has set
-        player = find_player(model)
-        vars(model)['forward'] = forward
-        recording, parts = player.find_recording(model, idx, targets)
+        forward = vars(model).pop('forward', None)  # loss_only() has set it: it is no change
+        try:
+            player = find_player(model)
+        finally:
+            if forward:
+                vars(model)['forward'] = forward
+        recording, parts = player.find_recording(model, idx, targets) if player else (None, [])
         if recording:
-            script, weights_with_gradients = recording
-            return None, PlayedLoss.apply(script, player.weights, parts, *weights_with_gradients)
+            script, weights = recording
+            return None, ReplayFunction.apply(script, player.weights, parts, *weights)
     return type(model).forward(model, idx, targets)
 
 
 class Player:
-    """The recordings of a model's step, as the model is now."""
+    """The recordings of a model's step, as the model is now. LossHead.player keeps it."""
 
-    def __init__(self, model, num_changes=0):
-        self.num_changes = num_changes
+    def __init__(self, model):
         self.config = model.config
-        self.submodules = list(model.modules())[1:]  # not the model: players must not keep it alive
+        self.attributes = vars(model)
+        self.modules = list(model.modules())
         self.weights = list(model.parameters())
         self.num_weights = sum(p.numel() for p in self.weights)
-        self.classes = {type(model), *map(type, self.submodules)}
-        self.places = list_places(model)
-        self.children = [module._modules for module in model.modules()]
-        self.hooks = [getattr(module, name) for module in model.modules()
+        self.classes = set(map(type, self.modules))
+        self.places = list_places(self.modules, type(model).forward.__globals__)
+        self.children = [module._modules for module in self.modules]
+        self.hooks = [getattr(module, name) for module in self.modules
                       for name in originals.FORWARD_HOOKS + originals.BACKWARD_HOOKS]
-        self.objects, self.numbers = self.read_state(model)
-        self.can_record = num_changes < MAX_RECORDINGS and can_record(model)
+        self.state = self.read_state()
         self.recordings = {}  # what record() returned, by the kind of the batch
 
-    def read_state(self, model):
+    def __reduce__(self):
+        return type(None), ()  # a copy of the model gets its own
+
+    def read_state(self):
         """All that decides what an unchanged model computes, except the numbers in its weights.
 
-        These are objects that must be the same ones, and numbers that must be equal.
+        It consists of objects that must be the same ones, and of values that must be equal.
         """
-        methods = [getattr(cls, name) for cls in self.classes for name in ('forward', '__call__')]
-        methods.append(getattr(type(model), 'embed', None))
-        objects = [type(model), *map(type, self.submodules), *methods,
+        methods = [getattr(cls, name, None) for cls in self.classes for name in METHODS]
+        objects = [*map(type, self.modules), *methods,
                    *(getattr(method, '__code__', None) for method in methods),
                    *map(dict.get, *zip(*self.places))]
-        numbers = [self.config.vocab_size, *map(len, self.children),
-                   *((p.shape, p.dtype, p.requires_grad) for p in self.weights)]
-        return objects, numbers
+        values = [self.config.vocab_size, *map(len, self.children),
+                  *((p.shape, p.dtype, p.requires_grad) for p in self.weights)]
+        return objects, values
 
     def is_current(self, model):
-        """Whether the model is as it was."""
-        objects, numbers = self.read_state(model)
-        return numbers == self.numbers and are_same(objects, self.objects)
+        """Whether the model is this one, and is as it was."""
+        objects, values = self.read_state()
+        is_same = vars(model) is self.attributes and values == self.state[1]
+        return is_same and are_same(objects, self.state[0])
 
     def find_recording(self, model, idx, targets):
         """The recording for batches like this one, or None; and the parts of the batch."""
-        if not self.can_record or any(self.hooks) or any(p._backward_hooks for p in self.weights):
+        if any(self.hooks) or any(p._backward_hooks for p in self.weights):
             return None, []
         num_threads = torch.get_num_threads()
         max_parts = min(num_threads, MAX_WEIGHTS // self.num_weights)
@@ -169,45 +174,51 @@ class Player:
         parts = list(zip(idx.contiguous().chunk(num_parts), targets.contiguous().chunk(num_parts)))
         kind = (idx.shape, idx.dtype, targets.dtype, num_parts, torch.is_grad_enabled(),
                 torch.is_autocast_enabled('cpu'), torch.get_autocast_dtype('cpu'))
-        if kind not in self.recordings and len(self.recordings) < MAX_RECORDINGS:
+        if kind not in self.recordings:
+            if len(self.recordings) == MAX_RECORDINGS:
+                del self.recordings[next(iter(self.recordings))]  # the oldest
             try:
                 self.recordings[kind] = record(model, self.weights, *parts[0], num_parts)
-            except NotRecorded as e:
-                note(f'the training step runs as it is written, because {e}')
+            except (NotRecorded, RuntimeError) as e:  # if it is a mistake, it comes up again
+                note(f'the training step runs as it is written, because {get_first_line(e)}')
                 self.recordings[kind] = None
-        return self.recordings.get(kind), parts
+        return self.recordings[kind], parts
 
 
 # -----------------------------------------------------------------------------
 # whether a recording computes the same as the model
-players = weakref.WeakKeyDictionary()  # by their models; a copy of a model gets its own
-
-
 def find_player(model):
-    """The player of this model, as it is now."""
-    player = players.get(model)
-    if player is None:
-        player = players[model] = Player(model)
-    elif not player.is_current(model):
-        player = players[model] = Player(model, player.num_changes + 1)
+    """The player of this model, as it is now. None if it can't be recorded."""
+    player = model.loss_head.player
+    if player is None or not player.is_current(model):
+        player = Player(model) if can_record(model) else None
+        model.loss_head.player = player
     return player
 
 
 def can_record(model):
-    """Whether nobody has changed the model, and its training step draws no random numbers."""
+    """Whether nobody has changed the model, and a part of the batch doesn't depend on the others.
+
+    Dropout is left out, because the parts would draw other random numbers.
+    """
     if any(p.device.type != 'cpu' or p.dtype not in DTYPES for p in model.parameters()):
         return False
-    if any(isinstance(part, nn.Dropout) and part.p for part in model.modules()):
-        return False
+    for module in model.modules():
+        if module._compiled_call_impl or (isinstance(module, nn.Dropout) and module.p):
+            return False
+        if isinstance(module, nn.Embedding) and (module.max_norm or module.scale_grad_by_freq):
+            return False
     return (originals.is_original_model(model) and not originals.is_watched(model)
-            and originals.is_torchs(F.dropout) and isinstance(model.loss_head, LossHead)
-            and model.loss_head.can_join(model.lm_head))
+            and originals.is_torchs(F.dropout) and type(model.loss_head) is LossHead
+            and 'compute' not in vars(model.loss_head) and model.loss_head.can_join(model.lm_head))
 
 
 def can_play(model, idx, targets):
     """Whether a recording can take this batch."""
     if torch.compiler.is_compiling() or targets is None or idx.device.type != 'cpu':
         return False  # a compiled model doesn't look further
+    if type(idx) is not torch.Tensor or type(targets) is not torch.Tensor or idx.numel() == 0:
+        return False
     config = model.config
     if idx.dim() != 2 or idx.shape != targets.shape or idx.size(1) != config.block_size:
         return False
@@ -233,16 +244,17 @@ def is_observed():
             or torch._C._autograd._profiler_enabled())
 
 
-def list_places(model):
-    """Where a change would change what the model computes: (a dict, a key in it), ..."""
-    code_globals = getattr(type(model).forward, '__globals__', {})
+def list_places(modules, code_globals):
+    """Where a change would change what the modules compute: (a dict, a key in it), ...
+
+    code_globals are those of the model's code.
+    """
     places = [(code_globals, name) for name in originals.GLOBALS]
-    places += [(vars(F), name) for name in FUNCTIONS]
-    for module in model.modules():
-        names = vars(module).keys() - vars(nn.Module()).keys() | NAMES
-        if module is model:  # kernels.loss_only() has set its forward()
-            names = names - {'forward'} | {'embed'}
-        places += [(vars(module), name) for name in names]
+    places += [(vars(F), name) for name in TORCH_FUNCTIONS]
+    for module in modules:
+        methods = [getattr(type(module), name, None) for name in METHODS]
+        names = {name for method in methods if method for name in method.__code__.co_names}
+        places += [(vars(module), name) for name in (names | ATTRIBUTES) - {'training'}]
         places += [(module._parameters, name) for name in module._parameters]
         places += [(module._modules, name) for name in module._modules]
     return places
@@ -252,5 +264,4 @@ def are_same(values, others):
     """Whether the values are the same objects, or equal numbers."""
     if all(map(operator.is_, values, others)):
         return True
-    return all(a is b or (isinstance(a, (int, float, str, tuple)) and a == b)
-               for a, b in zip(values, others))
+    return all(a is b or (type(a) in (int, float, str) and a == b) for a, b in zip(values, others))
