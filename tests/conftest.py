@@ -320,3 +320,15 @@ def trained(char_data, tmp_path_factory):
     run('train.py', *TINY, f'--dataset={char_data}', f'--out_dir={out_dir}', '--max_iters=60',
         '--eval_interval=30')
     return out_dir
+
+
+@pytest.fixture
+def two_threads():
+    """Two threads, so that a batch has two parts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        yield
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
