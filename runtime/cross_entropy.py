@@ -9,6 +9,7 @@ import torch.nn as nn
 from runtime.originals import has_global_hook, is_patched, is_unchanged
 
 MAX_BYTES = 2 ** 28  # of logits that exist at the same time
+MAX_PLAIN_LOGITS = 2 ** 22  # so few are stored, as model.py does
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -118,7 +119,7 @@ class LossHead(nn.Module):
             dtype = torch.get_autocast_dtype(device_type)
         if (self.gives_logits or torch.compiler.is_compiling() or dtype not in DTYPES
                 or not self.can_join(lm_head) or type(lm_head.weight) not in TENSORS
-                or targets.numel() * lm_head.out_features <= 2 ** 22):
+                or targets.numel() * lm_head.out_features <= MAX_PLAIN_LOGITS):
             logits, loss = self.plain(lm_head, x, targets)
             return (logits if self.gives_logits else None), loss
         loss = LinearCrossEntropy.apply(x.flatten(0, 1), lm_head.weight, targets.flatten(), dtype,

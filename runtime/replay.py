@@ -6,8 +6,8 @@ threads wait for each other. So its first step is recorded, as a list of operati
 runs without Python. Each thread plays the list for its own part of the batch. Then threads wait for
 each other once in a step, and not in each operation.
 
-Only a model that nobody has changed is recorded. If something is changed later, the model runs as
-it is written. tests/test_replay.py compares the two.
+Only a model whose code nobody has changed is recorded. Each call looks for changes. After a change
+the step is recorded again, or the model runs as it is written. tests/test_replay.py compares both.
 """
 import contextlib
 import functools
@@ -22,13 +22,12 @@ from torch.nn import functional as F
 
 from runtime import originals
 from runtime.console import get_first_line, note
-from runtime.cross_entropy import DTYPES, LossHead
+from runtime.cross_entropy import DTYPES, MAX_PLAIN_LOGITS, LossHead
 from runtime.replay_recorder import NotRecorded, record
 
 # B * T * C. A step of 6 layers of 256 took 0.92 of the time with 393,000 elements
 MAX_ELEMENTS = 2 ** 19
 MAX_WEIGHTS = 2 ** 24  # the number of weights times that of the parts, which have gradients for all
-MAX_LOGITS = 2 ** 22  # B * T * V. For more of them LossHead doesn't store all
 MAX_RECORDINGS = 16  # kinds of batches
 METHODS = 'forward', '__call__', 'embed', 'compute'  # which compute something
 # attributes that decide what a module computes, next to those that its methods name
@@ -51,7 +50,7 @@ def start_threads(count):
 def prepare_thread():
     """Sets what torch keeps for each thread."""
     torch.set_num_threads(1)
-    torch.get_num_threads()  # without this the thread's first operation would set all threads
+    torch.get_num_threads()  # otherwise the thread's first operation would set the number again
     torch.set_grad_enabled(False)
     # with optimization TorchScript computes the second time in another order
     torch._C._set_graph_executor_optimize(False)
@@ -222,7 +221,8 @@ def can_play(model, idx, targets):
     config = model.config
     if idx.dim() != 2 or idx.shape != targets.shape or idx.size(1) != config.block_size:
         return False
-    if (idx.numel() * config.n_embd > MAX_ELEMENTS or idx.numel() * config.vocab_size > MAX_LOGITS
+    if (idx.numel() * config.n_embd > MAX_ELEMENTS
+            or idx.numel() * config.vocab_size > MAX_PLAIN_LOGITS
             or (torch.is_grad_enabled() and not model.training) or is_observed()):
         return False
     if torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu') not in DTYPES:
@@ -253,7 +253,8 @@ def list_places(modules, code_globals):
     places += [(vars(F), name) for name in TORCH_FUNCTIONS]
     for module in modules:
         methods = [getattr(type(module), name, None) for name in METHODS]
-        names = {name for method in methods if method for name in method.__code__.co_names}
+        codes = [getattr(method, '__code__', None) for method in methods]
+        names = {name for code in codes if code for name in code.co_names}
         places += [(vars(module), name) for name in (names | ATTRIBUTES) - {'training'}]
         places += [(module._parameters, name) for name in module._parameters]
         places += [(module._modules, name) for name in module._modules]

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from replays import check, compare, make_batch, make_fast_model, make_model, measure
 
-from runtime import kernels, optimizers, replay
+from runtime import cross_entropy, kernels, optimizers, replay
 from runtime.replay_recorder import NotRecorded, Recorder
 
 pytestmark = pytest.mark.usefixtures('two_threads')
@@ -106,7 +106,7 @@ def test_large_batches_are_not_played():
     rows = replay.MAX_ELEMENTS // (16 * 32)
     assert measure(model, make_batch(model, rows))[1]
     assert not measure(model, make_batch(model, 2 * rows))[1]
-    large_model = make_fast_model(vocab_size=replay.MAX_LOGITS // 64 + 1)
+    large_model = make_fast_model(vocab_size=cross_entropy.MAX_PLAIN_LOGITS // 64 + 1)
     assert not measure(large_model, make_batch(large_model))[1]
 
 
@@ -304,7 +304,7 @@ def test_copies_and_memory():
     assert reference() is None
 
 
-def test_compiled_parts(monkeypatch):
+def test_compiled_parts():
     model = make_fast_model()
     check(model)
     model.transformer.h[0].compile(backend='eager')
