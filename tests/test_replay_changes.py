@@ -134,8 +134,8 @@ def prune(model):
 CHANGES_OF_NUMBERS = [set_flash, set_eps, set_gelu, replace_weight, swap_blocks, untie, freeze,
                       prune, add_block]
 CHANGES = [*CHANGES_OF_NUMBERS, replace_part, patch_forward, hook_forward, hook_inputs,
-           hook_backward, hook_gradient, set_class, set_class_of_model, set_embed, replace_hooks, set_loss,
-           set_embedding_options, set_max_norm]
+           hook_backward, hook_gradient, set_class, set_class_of_model, set_embed, replace_hooks,
+           set_loss, set_embedding_options, set_max_norm]
 
 
 @pytest.mark.parametrize('change', CHANGES, ids=lambda change: change.__name__)
