@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import runpy
 import signal
 import socket
@@ -115,8 +116,10 @@ class Process:
         return texts
 
     def communicate(self, timeout=300):
+        """Waits for the end. stdout and stderr, without the note that the machine is busy."""
         self.wait(timeout)
-        return self.read_output()
+        out, err = self.read_output()
+        return out, re.sub(r'^the threads waited for a CPU .*\n', '', err, flags=re.MULTILINE)
 
     def send_signal(self, number):
         os.kill(self.pid, number)

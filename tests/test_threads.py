@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run
+from conftest import ROOT, TINY, Process, run
 from test_bench import SMALL
 
 from runtime import checkpoint, threads, timing
@@ -179,9 +179,10 @@ def test_the_scripts_tell(char_data, tmp_path):
         code = code.replace('import torch\n', 'import torch\n' + limit)
         (tmp_path / script).write_text(code, encoding='utf-8')
 
-    def count(script, *args, **options):
-        error = run(str(tmp_path / script), '--device=cpu', *args, cwd=tmp_path, **options).stderr
-        return error.count('the threads waited for a CPU')
+    def count(script, *args):
+        process = Process(str(tmp_path / script), '--device=cpu', *args, cwd=tmp_path)
+        process.wait()
+        return process.read_output()[1].count('the threads waited for a CPU')
 
     data = f'--dataset={char_data}'
     assert count('train.py', *TINY, data, '--out_dir=out', '--max_iters=3') == 1
