@@ -132,7 +132,10 @@ class Player:
         self.weights = list(model.parameters())
         self.num_weights = sum(p.numel() for p in self.weights)
         self.classes = set(map(type, self.modules))
-        self.places = list_places(self.modules, type(model).forward.__globals__)
+        places = list_places(self.modules, type(model).forward.__globals__)
+        self.places = list(zip(*((attributes, name) for attributes, name in places
+                                 if name in attributes)))
+        self.absences = list_absences(places)
         self.children = [module._modules for module in self.modules]
         self.hooks = [getattr(module, name) for module in self.modules
                       for name in originals.FORWARD_HOOKS + originals.BACKWARD_HOOKS]
@@ -150,8 +153,9 @@ class Player:
         methods = [getattr(cls, name, None) for cls in self.classes for name in METHODS]
         objects = [*map(type, self.modules), *methods,
                    *(getattr(method, '__code__', None) for method in methods),
-                   *map(dict.get, *zip(*self.places))]
+                   *map(dict.get, *self.places)]
         values = [self.config.vocab_size, *map(len, self.children),
+                  *(names.isdisjoint(absent_names) for names, absent_names in self.absences),
                   *((p.shape, p.dtype, p.requires_grad) for p in self.weights)]
         return objects, values
 
@@ -259,6 +263,15 @@ def list_places(modules, code_globals):
         places += [(module._parameters, name) for name in module._parameters]
         places += [(module._modules, name) for name in module._modules]
     return places
+
+
+def list_absences(places):
+    """The places without a value: (the names in a dict, the names that are not in it), ..."""
+    absences = {}
+    for attributes, name in places:
+        if name not in attributes:
+            absences.setdefault(id(attributes), (attributes.keys(), set()))[1].add(name)
+    return list(absences.values())
 
 
 def are_same(values, others):
