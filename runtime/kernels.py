@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from runtime import compiler, replay
+from runtime import compiler, originals, replay
 from runtime.attention import MAX_DROPOUT, Attention, DropoutFunction, draw_numbers
 from runtime.console import note
 from runtime.cross_entropy import LossHead
@@ -33,6 +33,8 @@ def accelerate(model, device_type, dtype):
     if device_type == 'cpu':
         fast_forms.update(Dropout=Dropout, Attention=Attention, SquaredReLU=SquaredReLU)
     edited_names = set()
+    if device_type == 'cpu' and model.training and replay.is_small(model):
+        edited_names = originals.list_changed_parts(model)  # the model won't be played
     if not is_unchanged(model, 'GPT'):
         edited_names.add(type(model).__name__)
     places = [(parent, name, part) for parent in model.modules() if not is_fast(parent)

@@ -45,10 +45,18 @@ BACKWARD_HOOKS = '_backward_hooks', '_backward_pre_hooks'
 
 def is_original_model(model):
     """Whether nothing in the model was changed that computes logits."""
-    is_patched = any(not is_torchs(getattr(F, name)) for name in PLAIN_FUNCTIONS)
-    return not is_patched and has_method(model, 'GPT.embed') and all(
-        is_known(module) for path, module in model.named_modules()
-        if not path.startswith('loss_head'))
+    return not list_changed_parts(model)
+
+
+def list_changed_parts(model):
+    """What was changed that computes logits: classes of parts, and functions of torch."""
+    names = {f'F.{name}' for name in PLAIN_FUNCTIONS if not is_torchs(getattr(F, name))}
+    if not has_method(model, 'GPT.embed'):
+        names.add(type(model).__name__)
+    for path, module in model.named_modules():
+        if not path.startswith('loss_head') and not is_known(module):
+            names.add('lm_head' if path.startswith('lm_head') else type(module).__name__)
+    return names
 
 
 def is_known(module):

@@ -216,6 +216,16 @@ def can_record(model):
             and 'compute' not in vars(model.loss_head) and model.loss_head.can_join(model.lm_head))
 
 
+def is_small(model):
+    """Whether small batches would be played if nobody had changed the model."""
+    config = model.config
+    num_weights = sum(p.numel() for p in model.parameters())
+    has_dropout = any(isinstance(part, nn.Dropout) and part.p for part in model.modules())
+    return (num_weights <= MAX_WEIGHTS and not has_dropout
+            and config.block_size * config.n_embd <= MAX_ELEMENTS
+            and config.block_size * config.vocab_size <= MAX_PLAIN_LOGITS)
+
+
 def can_play(model, idx, targets):
     """Whether a recording can take this batch."""
     if torch.compiler.is_compiling() or targets is None or idx.device.type != 'cpu':

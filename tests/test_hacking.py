@@ -153,11 +153,10 @@ def assert_close(a, b):
 # the examples
 def test_an_activation(char_data, trained, tmp_path):
     example = Example('A new activation', tmp_path, char_data)
-    results = example.run_commands()
+    example.run_commands()
     shapes = {name: tuple(w.shape) for name, w in example.load_state().items()}
     assert shapes['transformer.h.0.mlp.c_fc.weight'] == (2 * 85, 32)  # 8 * 32 // 3 is 85
     assert shapes['transformer.h.0.mlp.c_proj.weight'] == (32, 85)
-    assert not any('changed parts' in err for _, err in results)
     plain = example.check_losses()
     check_sampling(example.sources, plain, caches=True)
     mlp = plain.model.transformer.h[0].mlp

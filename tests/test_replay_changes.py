@@ -228,3 +228,21 @@ def test_patches_of_classes_and_functions(monkeypatch, owner, name):
             return logits, 2 * loss
     monkeypatch.setattr(owner, name, patch)
     check(model, is_played=False, plain_model=plain_model)
+
+
+# changes, and the names in the line about them
+LINES = [(replace_part, 'ReLU'), (patch_forward, 'MLP'), (hook_forward, 'Block'),
+         (hook_inputs, 'LayerNorm'), (set_class, 'DoubledMLP'), (set_embed, 'GPT')]
+
+
+@pytest.mark.parametrize('change, name', LINES, ids=lambda item: getattr(item, '__name__', ''))
+def test_one_line_names_what_keeps_a_step_from_being_played(change, name, capsys):
+    for options in ({}, {'dropout': 0.1}):  # dropout is never played, so nothing is lost
+        for is_training in (True, False):
+            model = make_model(**options)
+            change(model)
+            kernels.accelerate(model.train(is_training), 'cpu', 'float32')
+            line = ''.join(capsys.readouterr())
+            is_expected = is_training and not options
+            assert line.count('\n') == is_expected
+            assert line.endswith(f'take more memory: {name}\n') == is_expected
