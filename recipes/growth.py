@@ -8,6 +8,7 @@ It measures generation and training on a CPU, here and by the engines in recipes
 the Python that has their packages. It needs Linux, 18 GB of memory and 10 GB for temporary files.
 """
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -73,11 +74,11 @@ def measure_all():
     for what, shape, name, (_, command) in work * rounds:
         result = measure(command, shape)
         say(f'{what} {shape} {name}: {result}')
-        row = rows.setdefault((what, shape, name), result)
+        row = rows.setdefault((what, shape, name), {'ms': math.inf})
         if result and result['ms'] < row['ms']:
             row.update(result)
     return [dict(what=what, name=name, shape=shape, parameters=count_parameters(shape), **row)
-            for (what, shape, name), row in rows.items() if row]
+            for (what, shape, name), row in rows.items() if 'gb' in row]
 
 
 def count_parameters(shape, vocab_size=50304, block_size=1024):
@@ -105,7 +106,7 @@ def draw_panel(axes, rows, what, key):
 
 
 def draw_ceilings(axes, rows, what):
-    """The time in which the CPU reads the weights, or makes the multiplications of a token."""
+    """The time in which the CPU reads the weights, or multiplies with them, for a token."""
     ours = [row for row in rows if row['what'] == what and row['name'].startswith('this project')]
     sizes = sorted({row['parameters'] for row in ours})
     if what == 'decode':

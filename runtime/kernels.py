@@ -33,8 +33,6 @@ def accelerate(model, device_type, dtype):
     if device_type == 'cpu':
         fast_forms.update(Dropout=Dropout, Attention=Attention, SquaredReLU=SquaredReLU)
     edited_names = set()
-    if device_type == 'cpu' and model.training and replay.is_small(model):
-        edited_names = originals.list_changed_parts(model)  # the model won't be played
     if not is_unchanged(model, 'GPT'):
         edited_names.add(type(model).__name__)
     places = [(parent, name, part) for parent in model.modules() if not is_fast(parent)
@@ -63,8 +61,7 @@ def accelerate(model, device_type, dtype):
     if device_type == 'cuda' and dtype != 'float32':
         keep_dropout_rate(model, device_type, dtype)
     if edited_names:
-        note('changed parts of the model run as they are written, so they may be slower and take '
-             'more memory: ' + ', '.join(sorted(edited_names)))
+        originals.note_changes(model, edited_names)
 
 
 def is_stateless(part):

@@ -14,6 +14,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from runtime.console import note
+
 # digests of the methods in model.py that the faster forms and the KV cache were written for. After
 # a change tests/test_kernels.py prints the new one; first make those fit the new source
 DIGESTS = {
@@ -45,18 +47,29 @@ BACKWARD_HOOKS = '_backward_hooks', '_backward_pre_hooks'
 
 def is_original_model(model):
     """Whether nothing in the model was changed that computes logits."""
-    return not list_changed_parts(model)
+    return next(find_changes(model), None) is None
 
 
-def list_changed_parts(model):
+def find_changes(model):
     """What was changed that computes logits: classes of parts, and functions of torch."""
-    names = {f'F.{name}' for name in PLAIN_FUNCTIONS if not is_torchs(getattr(F, name))}
+    for name in PLAIN_FUNCTIONS:
+        if not is_torchs(getattr(F, name)):
+            yield f'F.{name}'
     if not has_method(model, 'GPT.embed'):
-        names.add(type(model).__name__)
+        yield type(model).__name__
     for path, module in model.named_modules():
-        if not path.startswith('loss_head') and not is_known(module):
-            names.add('lm_head' if path.startswith('lm_head') else type(module).__name__)
-    return names
+        if path.partition('.')[0] != 'loss_head' and not is_known(module):
+            yield type(module).__name__
+
+
+def note_changes(model, names):
+    """Says once which parts of the model run as they are written."""
+    loss_head = getattr(model, 'loss_head', None)
+    if not getattr(loss_head, 'has_noted_changes', False):
+        note('changed parts of the model run as they are written, so they may be slower and take '
+             'more memory: ' + ', '.join(sorted(set(names))))
+    if is_fast(loss_head):
+        loss_head.has_noted_changes = True
 
 
 def is_known(module):

@@ -133,8 +133,8 @@ class Player:
         self.num_weights = sum(p.numel() for p in self.weights)
         self.classes = set(map(type, self.modules))
         places = list_places(self.modules, type(model).forward.__globals__)
-        self.places = list(zip(*((attributes, name) for attributes, name in places
-                                 if name in attributes)))
+        present_places = [(attributes, name) for attributes, name in places if name in attributes]
+        self.places = list(zip(*present_places))
         self.absences = list_absences(places)
         self.children = [module._modules for module in self.modules]
         self.hooks = [getattr(module, name) for module in self.modules
@@ -169,10 +169,8 @@ class Player:
         """The recording for batches like this one, or None; and the parts of the batch."""
         if any(self.hooks) or any(p._backward_hooks for p in self.weights):
             return None, []
-        num_threads = torch.get_num_threads()
-        max_parts = min(num_threads, MAX_WEIGHTS // self.num_weights)
-        num_parts = max((n for n in range(1, max_parts + 1) if len(idx) % n == 0), default=0)
-        if num_parts <= num_threads // 2:  # too many threads would have nothing to do
+        num_parts = count_parts(len(idx), MAX_WEIGHTS // self.num_weights)
+        if num_parts == 0:
             return None, []
         parts = list(zip(idx.contiguous().chunk(num_parts), targets.contiguous().chunk(num_parts)))
         kind = (idx.shape, idx.dtype, targets.dtype, num_parts, torch.is_grad_enabled(),
@@ -202,8 +200,13 @@ def find_player(model):
 def can_record(model):
     """Whether nobody has changed the model, and a part of the batch doesn't depend on the others.
 
-    Dropout is left out, because the parts would draw other random numbers.
+    One line names changes that keep the model from being recorded. Dropout is left out, because the
+    parts would draw other random numbers.
     """
+    loss_head = model.loss_head
+    min_parts = torch.get_num_threads() // 2 + 1  # as in count_parts()
+    if sum(p.numel() for p in model.parameters()) * min_parts > MAX_WEIGHTS:
+        return False
     if any(p.device.type != 'cpu' or p.dtype not in DTYPES for p in model.parameters()):
         return False
     for module in model.modules():
@@ -211,19 +214,13 @@ def can_record(model):
             return False
         if isinstance(module, nn.Embedding) and (module.max_norm or module.scale_grad_by_freq):
             return False
-    return (originals.is_original_model(model) and not originals.is_watched(model)
-            and originals.is_torchs(F.dropout) and type(model.loss_head) is LossHead
-            and 'compute' not in vars(model.loss_head) and model.loss_head.can_join(model.lm_head))
-
-
-def is_small(model):
-    """Whether small batches would be played if nobody had changed the model."""
-    config = model.config
-    num_weights = sum(p.numel() for p in model.parameters())
-    has_dropout = any(isinstance(part, nn.Dropout) and part.p for part in model.modules())
-    return (num_weights <= MAX_WEIGHTS and not has_dropout
-            and config.block_size * config.n_embd <= MAX_ELEMENTS
-            and config.block_size * config.vocab_size <= MAX_PLAIN_LOGITS)
+    if originals.is_watched(model) or not originals.is_torchs(F.dropout):
+        return False
+    if not originals.is_original_model(model):
+        originals.note_changes(model, originals.find_changes(model))
+        return False
+    return (type(loss_head) is LossHead and 'compute' not in vars(loss_head)
+            and loss_head.can_join(model.lm_head))
 
 
 def can_play(model, idx, targets):
@@ -235,7 +232,7 @@ def can_play(model, idx, targets):
     config = model.config
     if idx.dim() != 2 or idx.shape != targets.shape or idx.size(1) != config.block_size:
         return False
-    if (idx.numel() * config.n_embd > MAX_ELEMENTS
+    if (count_parts(len(idx)) == 0 or idx.numel() * config.n_embd > MAX_ELEMENTS
             or idx.numel() * config.vocab_size > MAX_PLAIN_LOGITS
             or (torch.is_grad_enabled() and not model.training) or is_observed()):
         return False
@@ -244,6 +241,15 @@ def can_play(model, idx, targets):
     # with ignored targets the parts would have different numbers of targets; for ids outside of the
     # vocabulary the model has its own error
     return all(0 <= ids.min() and ids.max() < config.vocab_size for ids in (idx, targets))
+
+
+def count_parts(num_rows, max_parts=sys.maxsize):
+    """The number of equal parts of a batch, or 0 if too many threads would have nothing to do."""
+    num_threads = torch.get_num_threads()
+    for num_parts in range(min(num_threads, max_parts), num_threads // 2, -1):
+        if num_rows % num_parts == 0:
+            return num_parts
+    return 0
 
 
 def is_observed():

@@ -153,7 +153,8 @@ def assert_close(a, b):
 # the examples
 def test_an_activation(char_data, trained, tmp_path):
     example = Example('A new activation', tmp_path, char_data)
-    example.run_commands()
+    (_, train_err), (_, sample_err) = example.run_commands()
+    assert train_err.count('changed parts') == 1 and 'changed parts' not in sample_err
     shapes = {name: tuple(w.shape) for name, w in example.load_state().items()}
     assert shapes['transformer.h.0.mlp.c_fc.weight'] == (2 * 85, 32)  # 8 * 32 // 3 is 85
     assert shapes['transformer.h.0.mlp.c_proj.weight'] == (32, 85)

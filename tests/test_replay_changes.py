@@ -54,6 +54,10 @@ def patch_forward(model):
     mlp.forward = lambda x: 2 * forward(x)
 
 
+def patch_activation(model):
+    model.transformer.h[0].mlp.gelu.forward = lambda x: x
+
+
 def hook_forward(model):
     model.transformer.h[1].register_forward_hook(lambda module, args, x: 2 * x)
 
@@ -230,19 +234,35 @@ def test_patches_of_classes_and_functions(monkeypatch, owner, name):
     check(model, is_played=False, plain_model=plain_model)
 
 
-# changes, and the names in the line about them
-LINES = [(replace_part, 'ReLU'), (patch_forward, 'MLP'), (hook_forward, 'Block'),
-         (hook_inputs, 'LayerNorm'), (set_class, 'DoubledMLP'), (set_embed, 'GPT')]
+# changes, and the names in the line about them. accelerate() already names SquaredReLU
+LINES = [(replace_part, 'ReLU'), (patch_forward, 'MLP'), (set_class, 'DoubledMLP'),
+         (set_embed, 'GPT'), (hook_backward, 'Block'), (patch_activation, 'SquaredReLU')]
 
 
-@pytest.mark.parametrize('change, name', LINES, ids=lambda item: getattr(item, '__name__', ''))
-def test_one_line_names_what_keeps_a_step_from_being_played(change, name, capsys):
-    for options in ({}, {'dropout': 0.1}):  # dropout is never played, so nothing is lost
-        for is_training in (True, False):
-            model = make_model(**options)
-            change(model)
-            kernels.accelerate(model.train(is_training), 'cpu', 'float32')
-            line = ''.join(capsys.readouterr())
-            is_expected = is_training and not options
-            assert line.count('\n') == is_expected
-            assert line.endswith(f'take more memory: {name}\n') == is_expected
+@pytest.mark.parametrize('is_late', [False, True])
+@pytest.mark.parametrize('change, name', LINES, ids=[change.__name__ for change, _ in LINES])
+def test_one_line_names_what_keeps_a_step_from_being_played(change, name, is_late, capsys):
+    model = make_model(relu2=change is patch_activation)
+    if is_late:
+        kernels.accelerate(model, 'cpu', 'float32')
+        measure(model, make_batch(model))
+        assert ''.join(capsys.readouterr()) == ''
+    change(model)
+    kernels.accelerate(model, 'cpu', 'float32')
+    for _ in range(3):
+        assert not measure(model, make_batch(model))[1]
+    line = ''.join(capsys.readouterr())
+    assert line.endswith(f'take more memory: {name}\n') and line.count('\n') == 1
+
+
+@pytest.mark.parametrize('limit, options, rows', [
+    ('MAX_ELEMENTS', {}, 4), ('MAX_WEIGHTS', {}, 4), ('MAX_PLAIN_LOGITS', {}, 4),
+    ('', {'dropout': 0.1}, 4), ('', {}, 3)])
+def test_no_line_where_nothing_is_lost(limit, options, rows, capsys, monkeypatch):
+    """With few weights and small batches, without dropout, there would be one."""
+    if limit:
+        monkeypatch.setattr(replay, limit, 1000)
+    model = make_fast_model(**options)
+    replace_part(model)
+    measure(model, make_batch(model, rows))
+    assert ''.join(capsys.readouterr()) == ''

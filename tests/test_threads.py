@@ -181,7 +181,7 @@ def test_the_scripts_tell(char_data, tmp_path):
 
     def count(script, *args):
         process = Process(str(tmp_path / script), '--device=cpu', *args, cwd=tmp_path)
-        process.wait()
+        assert process.wait() == 0, process.read_output()
         return process.read_output()[1].count('the threads waited for a CPU')
 
     data = f'--dataset={char_data}'
