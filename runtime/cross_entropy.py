@@ -101,7 +101,6 @@ class LossHead(nn.Module):
         self.gives_logits = True  # see loss_only()
         self.is_compiled = True  # with the rest of a compiled model
         self.player = None  # of the whole step of a small model, see runtime/replay.py
-        self.has_noted_changes = False  # see note_changes()
 
     def forward(self, lm_head, x, targets):
         if self.training and not self.is_compiled:

@@ -8,6 +8,7 @@ import inspect
 import math
 import textwrap
 import types
+import weakref
 
 import torch
 import torch.nn as nn
@@ -43,6 +44,7 @@ PLAIN_FUNCTIONS = 'embedding', 'pad', 'linear', 'layer_norm', 'gelu', 'relu'
 GLOBALS = {'torch': torch, 'nn': nn, 'F': F, 'math': math}
 FORWARD_HOOKS = '_forward_hooks', '_forward_pre_hooks'
 BACKWARD_HOOKS = '_backward_hooks', '_backward_pre_hooks'
+noted_names = weakref.WeakKeyDictionary()  # by the model: what note_changes() has said
 
 
 def is_original_model(model):
@@ -63,13 +65,12 @@ def find_changes(model):
 
 
 def note_changes(model, names):
-    """Says once which parts of the model run as they are written."""
-    loss_head = getattr(model, 'loss_head', None)
-    if not getattr(loss_head, 'has_noted_changes', False):
+    """Says which parts of the model run as they are written, each of them once."""
+    new_names = set(names) - noted_names.setdefault(model, set())
+    if new_names:
+        noted_names[model] |= new_names
         note('changed parts of the model run as they are written, so they may be slower and take '
-             'more memory: ' + ', '.join(sorted(set(names))))
-    if is_fast(loss_head):
-        loss_head.has_noted_changes = True
+             'more memory: ' + ', '.join(sorted(new_names)))
 
 
 def is_known(module):

@@ -12,22 +12,17 @@ the step is recorded again, or the model runs as it is written. tests/test_repla
 import contextlib
 import functools
 import operator
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
-import torch.nn as nn
 from torch.nn import functional as F
 
 from runtime import originals
 from runtime.console import get_first_line, note
-from runtime.cross_entropy import DTYPES, MAX_PLAIN_LOGITS, LossHead
+from runtime.replay_checks import MAX_WEIGHTS, can_play, can_record, count_parts, is_changed
 from runtime.replay_recorder import NotRecorded, record
 
-# B * T * C. A step of 6 layers of 256 took 0.92 of the time with 393,000 elements
-MAX_ELEMENTS = 2 ** 19
-MAX_WEIGHTS = 2 ** 24  # the number of weights times that of the parts, which have gradients for all
 MAX_RECORDINGS = 16  # kinds of batches
 METHODS = 'forward', '__call__', 'embed', 'compute'  # which compute something
 # attributes that decide what a module computes, next to those that its methods name
@@ -111,7 +106,7 @@ def compute_loss(model, idx, targets=None):
     if can_play(model, idx, targets):
         forward = vars(model).pop('forward', None)  # loss_only() has set it: it is no change
         try:
-            player = find_player(model)
+            player = find_player(model, len(idx))
         finally:
             if forward:
                 vars(model)['forward'] = forward
@@ -188,80 +183,15 @@ class Player:
 
 # -----------------------------------------------------------------------------
 # whether a recording computes the same as the model
-def find_player(model):
-    """The player of this model, as it is now. None if it can't be recorded."""
+def find_player(model, num_rows):
+    """The player of this model, as it is now. None if its step can't be recorded."""
     player = model.loss_head.player
     if player is None or not player.is_current(model):
-        player = Player(model) if can_record(model) else None
+        player = None
+        if can_record(model, num_rows) and not is_changed(model):
+            player = Player(model)
         model.loss_head.player = player
     return player
-
-
-def can_record(model):
-    """Whether nobody has changed the model, and a part of the batch doesn't depend on the others.
-
-    One line names changes that keep the model from being recorded. Dropout is left out, because the
-    parts would draw other random numbers.
-    """
-    loss_head = model.loss_head
-    min_parts = torch.get_num_threads() // 2 + 1  # as in count_parts()
-    if sum(p.numel() for p in model.parameters()) * min_parts > MAX_WEIGHTS:
-        return False
-    if any(p.device.type != 'cpu' or p.dtype not in DTYPES for p in model.parameters()):
-        return False
-    for module in model.modules():
-        if module._compiled_call_impl or (isinstance(module, nn.Dropout) and module.p):
-            return False
-        if isinstance(module, nn.Embedding) and (module.max_norm or module.scale_grad_by_freq):
-            return False
-    if originals.is_watched(model) or not originals.is_torchs(F.dropout):
-        return False
-    if not originals.is_original_model(model):
-        originals.note_changes(model, originals.find_changes(model))
-        return False
-    return (type(loss_head) is LossHead and 'compute' not in vars(loss_head)
-            and loss_head.can_join(model.lm_head))
-
-
-def can_play(model, idx, targets):
-    """Whether a recording can take this batch."""
-    if torch.compiler.is_compiling() or targets is None or idx.device.type != 'cpu':
-        return False  # a compiled model doesn't look further
-    if type(idx) is not torch.Tensor or type(targets) is not torch.Tensor or idx.numel() == 0:
-        return False
-    config = model.config
-    if idx.dim() != 2 or idx.shape != targets.shape or idx.size(1) != config.block_size:
-        return False
-    if (count_parts(len(idx)) == 0 or idx.numel() * config.n_embd > MAX_ELEMENTS
-            or idx.numel() * config.vocab_size > MAX_PLAIN_LOGITS
-            or (torch.is_grad_enabled() and not model.training) or is_observed()):
-        return False
-    if torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu') not in DTYPES:
-        return False
-    # with ignored targets the parts would have different numbers of targets; for ids outside of the
-    # vocabulary the model has its own error
-    return all(0 <= ids.min() and ids.max() < config.vocab_size for ids in (idx, targets))
-
-
-def count_parts(num_rows, max_parts=sys.maxsize):
-    """The number of equal parts of a batch, or 0 if too many threads would have nothing to do."""
-    num_threads = torch.get_num_threads()
-    for num_parts in range(min(num_threads, max_parts), num_threads // 2, -1):
-        if num_rows % num_parts == 0:
-            return num_parts
-    return 0
-
-
-def is_observed():
-    """Whether a debugger, a profiler, a mode of torch or a hook looks at each operation."""
-    debugger = sys.gettrace()
-    if hasattr(sys, 'monitoring'):
-        debugger = debugger or sys.monitoring.get_tool(sys.monitoring.DEBUGGER_ID)
-    return (debugger or originals.has_global_hook() or torch.is_anomaly_enabled()
-            or torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()
-            or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state()
-            or torch._C._autograd._top_saved_tensors_default_hooks(False)
-            or torch._C._autograd._profiler_enabled())
 
 
 def list_places(modules, code_globals):

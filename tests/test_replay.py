@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from replays import check, compare, make_batch, make_fast_model, make_model, measure
 
-from runtime import cross_entropy, kernels, optimizers, replay
+from runtime import cross_entropy, kernels, optimizers, replay, replay_checks
 from runtime.replay_recorder import NotRecorded, Recorder
 
 pytestmark = pytest.mark.usefixtures('two_threads')
@@ -104,7 +104,7 @@ def test_other_batches():
 
 def test_large_batches_are_not_played():
     model = make_fast_model()
-    rows = replay.MAX_ELEMENTS // (16 * 32)
+    rows = replay_checks.MAX_ELEMENTS // (16 * 32)
     assert measure(model, make_batch(model, rows))[1]
     assert not measure(model, make_batch(model, 2 * rows))[1]
     large_model = make_fast_model(vocab_size=cross_entropy.MAX_PLAIN_LOGITS // 64 + 1)

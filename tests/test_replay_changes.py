@@ -8,7 +8,7 @@ from replays import check, make_batch, make_fast_model, make_model, measure
 from torch.nn import functional as F
 
 from model import GPT
-from runtime import kernels, replay
+from runtime import kernels, replay, replay_checks
 
 pytestmark = pytest.mark.usefixtures('two_threads')
 
@@ -234,7 +234,7 @@ def test_patches_of_classes_and_functions(monkeypatch, owner, name):
     check(model, is_played=False, plain_model=plain_model)
 
 
-# changes, and the names in the line about them. accelerate() already names SquaredReLU
+# changes, and the names in the line about them. An early change of SquaredReLU is named before
 LINES = [(replace_part, 'ReLU'), (patch_forward, 'MLP'), (set_class, 'DoubledMLP'),
          (set_embed, 'GPT'), (patch_activation, 'SquaredReLU')]
 
@@ -242,10 +242,10 @@ LINES = [(replace_part, 'ReLU'), (patch_forward, 'MLP'), (set_class, 'DoubledMLP
 @pytest.mark.parametrize('is_late', [False, True])
 @pytest.mark.parametrize('change, name', LINES, ids=[change.__name__ for change, _ in LINES])
 def test_one_line_names_what_keeps_a_step_from_being_played(change, name, is_late, capsys):
-    model = make_model(relu2=change is patch_activation)
+    model = make_model(relu2=name == 'SquaredReLU')
     if is_late:
         kernels.accelerate(model, 'cpu', 'float32')
-        measure(model, make_batch(model))
+        assert measure(model, make_batch(model))[1]
         assert ''.join(capsys.readouterr()) == ''
     change(model)
     kernels.accelerate(model, 'cpu', 'float32')
@@ -255,14 +255,28 @@ def test_one_line_names_what_keeps_a_step_from_being_played(change, name, is_lat
     assert line.endswith(f'take more memory: {name}\n') and line.count('\n') == 1
 
 
-@pytest.mark.parametrize('limit, options, rows', [
-    ('MAX_ELEMENTS', {}, 4), ('MAX_WEIGHTS', {}, 4), ('MAX_PLAIN_LOGITS', {}, 4),
-    ('', {'dropout': 0.1}, 4), ('', {}, 3)])
-def test_no_line_where_nothing_is_lost(limit, options, rows, capsys, monkeypatch):
+def test_each_part_is_named_once(capsys):
+    model = make_model(relu2=True)
+    patch_activation(model)
+    kernels.accelerate(model, 'cpu', 'float32')
+    assert ''.join(capsys.readouterr()).endswith('more memory: SquaredReLU\n')
+    patch_forward(model)
+    for _ in range(2):
+        measure(model, make_batch(model))
+    assert ''.join(capsys.readouterr()).endswith('more memory: MLP\n')
+
+
+@pytest.mark.parametrize('limit, options, rows, change', [
+    ('MAX_ELEMENTS', {}, 4, replace_part), ('MAX_WEIGHTS', {}, 4, replace_part),
+    ('MAX_PLAIN_LOGITS', {}, 4, replace_part), ('', {'dropout': 0.1}, 4, replace_part),
+    ('', {}, 3, replace_part), ('', {}, 4, hook_forward), ('', {}, 4, hook_backward),
+    ('', {}, 4, kernels.recompute_blocks)])
+def test_no_line_where_nothing_is_lost_or_changed(limit, options, rows, change, capsys,
+                                                  monkeypatch):
     """With few weights and small batches, without dropout, there would be one."""
     if limit:
-        monkeypatch.setattr(replay, limit, 1000)
+        monkeypatch.setattr(replay_checks, limit, 1000)
     model = make_fast_model(**options)
-    replace_part(model)
-    measure(model, make_batch(model, rows))
+    change(model)
+    assert not measure(model, make_batch(model, rows))[1]
     assert ''.join(capsys.readouterr()) == ''
