@@ -111,8 +111,9 @@ def draw_ceilings(axes, rows, what):
     sizes = sorted({row['parameters'] for row in ours})
     if what == 'decode':
         rate = max(row['read_bytes_per_s'] for row in ours)
-        for bytes_per_weight, text in ((2, 'bfloat16'), (1, '8 bits'), (5 / 8, '4 bits')):
-            axes.plot(sizes, [1000 * bytes_per_weight * n / rate for n in sizes], ':',
+        formats = ((2, 'bfloat16', '--'), (1, '8 bits', '-.'), (5 / 8, '4 bits', ':'))
+        for bytes_per_weight, text, style in formats:
+            axes.plot(sizes, [1000 * bytes_per_weight * n / rate for n in sizes], style,
                       color='gray', label=f'weights of {text} read at {rate / 1e9:.0f} GB/s')
     else:
         rate = max(row['matmul_flops_per_s'] for row in ours)
