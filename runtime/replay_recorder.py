@@ -4,20 +4,24 @@ Writes down the operations of a training step in TorchScript, which runs them wi
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ALIASES = torch.ops.aten.detach.default, torch.ops.aten.alias.default
-
 
 class NotRecorded(Exception):
     """An operation whose result would be another one in the next step."""
 
 
 class Recorder(TorchDispatchMode):
-    """In this context torch's operations on the inputs are written down in TorchScript."""
+    """In this context torch's operations on the inputs are written down in TorchScript.
+
+    A view of a result is only written where an operation needs it, in one call, however many calls
+    have made it. That leaves out a third of the calls.
+    """
 
     def __init__(self, inputs):
         super().__init__()
         self.names = {}  # by the id of a tensor
         self.tensors = []  # they must live, so that no other tensor gets the same id
+        self.owners = dict.fromkeys(map(get_storage, inputs))  # the first tensor with a storage
+        self.views = {}  # their names, by the call
         arguments = ', '.join(f'{self.name(tensor)}: Tensor' for tensor in inputs)
         self.lines = [f'def play({arguments}):']
 
@@ -28,57 +32,86 @@ class Recorder(TorchDispatchMode):
     def name(self, tensor):
         """The name of a tensor. A tensor without one gets the next."""
         if id(tensor) not in self.names:
-            self.names[id(tensor)] = f't{len(self.tensors)}'
+            self.names[id(tensor)] = f't{len(self.names)}'
             self.tensors.append(tensor)
         return self.names[id(tensor)]
 
     def write(self, value):
         """An argument of an operation in TorchScript."""
         if isinstance(value, torch.Tensor):
-            if id(value) not in self.names:
-                raise NotRecorded('a tensor comes from outside')
-            return self.names[id(value)]
+            return self.names.get(id(value)) or self.write_view(value)
         if isinstance(value, (tuple, list)):
             return f"[{', '.join(map(self.write, value))}]"
         if isinstance(value, float):
             return f"float('{value}')"  # also of inf
         return f"'{value}'" if isinstance(value, torch.device) else repr(value)
 
+    def write_view(self, tensor):
+        """The name of a view of a result, which may be the result itself."""
+        owner = self.owners.get(get_storage(tensor))
+        if owner is None:
+            raise NotRecorded('a tensor comes from outside')
+        if get_layout(tensor) == get_layout(owner):
+            return self.names[id(owner)]
+        size, stride, offset = get_layout(tensor)
+        call = f'torch.as_strided({self.names[id(owner)]}, {size}, {stride}, {offset})'
+        if call not in self.views:
+            self.views[call] = self.name(tensor)
+            self.lines.append(f'    {self.views[call]} = {call}')
+        return self.views[call]
+
+    def is_view(self, tensor):
+        """Whether write_view() can write this tensor. It leaves out views of the inputs.
+
+        Their place in memory may be another one in the next step.
+        """
+        owner = self.owners.get(get_storage(tensor))
+        return owner is not None and tensor.dtype == owner.dtype
+
     def __torch_dispatch__(self, operation, types, args=(), options=None):
         options = options or {}
         result = operation(*args, **options)
-        if operation in ALIASES:
-            self.names[id(result)] = self.write(args[0])
-            self.tensors.append(result)
-        elif isinstance(result, (torch.Tensor, tuple, list)):
+        results = [result] if isinstance(result, torch.Tensor) else result
+        if not isinstance(results, (tuple, list)):
+            if any(isinstance(value, torch.Tensor) for value in args):
+                raise NotRecorded(f'{operation} gives a number')
+        elif not operation._schema.is_mutable and all(map(self.is_view, results)):
+            self.tensors += results
+        else:
             arguments = [self.write(value) for value in args]
             arguments += [f'{name}={self.write(value)}' for name, value in options.items()]
-            results = [result] if isinstance(result, torch.Tensor) else result
             names = ', '.join(map(self.name, results))
             function = operation.overloadpacket  # such as aten.mm
             self.lines.append(f"    {names} = torch.ops.{function}({', '.join(arguments)})")
-        elif any(isinstance(value, torch.Tensor) for value in args):
-            raise NotRecorded(f'{operation} gives a number')
+            for tensor in results:
+                self.owners.setdefault(get_storage(tensor), tensor)
         return result
 
     def write_function(self, outputs):
         """The TorchScript function of the inputs that computes these tensors, as text."""
-        return '\n'.join([*self.lines, f'    return {self.write(outputs)}', ''])
+        names = self.write(outputs)  # which may need more lines
+        return '\n'.join([*self.lines, f'    return {names}', ''])
 
 
-def compile_function(text):
-    """The function of this text. It keeps what the variables here refer to: no tensors."""
-    return torch.jit.CompilationUnit(text).play
+def get_storage(tensor):
+    """The identity of the memory that a tensor shares with its views. None without a tensor."""
+    return None if tensor is None else tensor.untyped_storage()._cdata
+
+
+def get_layout(tensor):
+    """Which numbers of its memory a tensor consists of."""
+    return list(tensor.size()), list(tensor.stride()), tensor.storage_offset()
 
 
 def record(model, weights, idx, targets, num_parts):
-    """Records the forward pass for idx and targets, one of num_parts of a batch.
+    """Records the forward pass for idx and targets, which num_parts threads share evenly.
 
     While gradients are enabled it records the backward pass, too. Returns a function of all
-    weights, idx and targets, and the weights that have gradients. The function gives this part's
-    share of the loss and its gradients.
+    weights, idx and targets, and the weights that have gradients. The function gives the loss and
+    its gradients.
     """
     is_enabled, dtype = torch.is_autocast_enabled('cpu'), torch.get_autocast_dtype('cpu')
+    idx, targets = (ids.contiguous().chunk(num_parts)[0] for ids in (idx, targets))
     with Recorder([*weights, idx, targets]) as recorder:
         # without the cache, which may have weights that were cast before
         with torch.autocast('cpu', dtype, is_enabled, cache_enabled=False):
@@ -91,4 +124,24 @@ def record(model, weights, idx, targets, num_parts):
                 grads = torch.autograd.grad(share, trainable_weights, allow_unused=True)
             pairs = [(p, grad) for p, grad in zip(trainable_weights, grads) if grad is not None]
     text = recorder.write_function([share, *(grad for _, grad in pairs)])
-    return compile_function(text), [p for p, _ in pairs]
+    return compile_function(text, len(weights), num_parts), [p for p, _ in pairs]
+
+
+def compile_function(text, num_weights, num_parts):
+    """The function that plays all parts of a batch together. The text is that of play().
+
+    It keeps what the variables here refer to: no tensors.
+    """
+    weights = ', '.join(f't{i}' for i in range(num_weights))
+    text += f"""
+def play_parts({weights.replace(',', ': Tensor,')}: Tensor, idx: Tensor, targets: Tensor):
+    idx_parts = idx.contiguous().chunk({num_parts})
+    target_parts = targets.contiguous().chunk({num_parts})
+    futures = [torch.jit.fork(play, {weights}, idx_parts[i], target_parts[i])
+               for i in range(1, {num_parts})]
+    sums = play({weights}, idx_parts[0], target_parts[0])
+    for future in futures:
+        torch.ops.aten._foreach_add_(sums, torch.jit.wait(future))
+    return sums
+"""
+    return torch.jit.CompilationUnit(text).play_parts

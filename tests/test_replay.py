@@ -76,17 +76,21 @@ def test_new_threads_of_others():
 
 def test_players_have_one_thread():
     """Also after an operation, when torch would give them all."""
-    replay.start_threads.cache_clear()
-    pool = replay.start_threads(2)
-    x = torch.ones(64, 64)
-    barrier = threading.Barrier(2)
+    check(make_fast_model())
 
-    def work(_):
-        barrier.wait()  # so each of the threads works
-        x @ x
+    @torch.jit.ignore
+    def count_threads(x: torch.Tensor) -> int:
         return torch.get_num_threads()
 
-    assert list(pool.map(work, range(2))) == [1, 1]
+    text = """
+def work(x: Tensor):
+    return count_threads(x @ x)
+
+def play(x: Tensor):
+    futures = [torch.jit.fork(work, x) for i in range(8)]
+    return [torch.jit.wait(future) for future in futures]
+"""
+    assert torch.jit.CompilationUnit(text).play(torch.ones(64, 64)) == 8 * [1]
 
 
 def test_other_batches():
