@@ -41,7 +41,7 @@ def start_threads():
 
     @torch.jit.ignore
     def meet(i: int) -> int:
-        return barrier.wait()
+        return barrier.wait(60)
 
     text = """
 def work(i: int):

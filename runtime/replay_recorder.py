@@ -65,10 +65,11 @@ class Recorder(TorchDispatchMode):
 
         Their place in memory may be another one in the next step.
         """
-        owner = self.owners.get(get_storage(tensor))
-        return owner is not None and tensor.dtype == owner.dtype
+        return self.owners.get(get_storage(tensor)) is not None
 
     def __torch_dispatch__(self, operation, types, args=(), options=None):
+        if operation is torch.ops.aten.view.dtype:
+            raise NotRecorded(f'TorchScript has no {operation}')
         options = options or {}
         result = operation(*args, **options)
         results = [result] if isinstance(result, torch.Tensor) else result

@@ -77,6 +77,7 @@ def test_new_threads_of_others():
 def test_players_have_one_thread():
     """Also after an operation, when torch would give them all."""
     check(make_fast_model())
+    assert replay.start_threads.cache_info().currsize == 1
 
     @torch.jit.ignore
     def count_threads(x: torch.Tensor) -> int:
@@ -283,12 +284,16 @@ def test_observers():
 
 
 def test_recordings_keep_no_tensors():
+    """A thread of TorchScript may keep the results of the last step until it plays again."""
     model = make_fast_model()
     gc.collect()
     before = sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
-    check(model)
+    for rows in (2, 4, 6):
+        check(model, make_batch(model, rows))
+    num_results = 1 + len(list(model.parameters()))
     gc.collect()
-    assert sum(isinstance(x, torch.Tensor) for x in gc.get_objects()) <= before
+    after = sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+    assert len(model.loss_head.player.recordings) == 3 and after <= before + num_results
 
 
 def test_copies_and_memory():
@@ -338,12 +343,29 @@ def test_what_cannot_be_recorded(capsys):
         (x * 2).sum().item()
     with pytest.raises(NotRecorded), Recorder([x]):
         x + y
+    with pytest.raises(NotRecorded, match='view.dtype'), Recorder([x]):
+        x.view(torch.int32)
     model, plain_model = make_fast_model(), make_model()
     for m in (model, plain_model):
         m.transformer.h[0].ln_1.eps = torch.tensor(0.1)
     for _ in range(2):
         check(model, is_played=False, plain_model=plain_model)
     assert capsys.readouterr().err.count('the training step runs as it is written') == 1
+
+
+def test_views_of_results_and_of_inputs():
+    """A view may be changed in place, or begin elsewhere in the next step."""
+    def compute(x):
+        y = (x * 3).view(2, 6).t()
+        y[1:3] += x[4]
+        return [y.t().t(), x[1:3].clone(), y.flatten()[3:], y[2:].exp()]
+
+    first, second = torch.arange(24.).split(12)
+    with Recorder([first]) as recorder:
+        results = compute(first)
+    play = torch.jit.CompilationUnit(recorder.write_function(results)).play
+    for result, expected in zip(play(second), compute(second)):
+        assert torch.equal(result, expected)
 
 
 def test_the_cache_of_autocast():
