@@ -135,9 +135,8 @@ class Player:
         It consists of objects that must be the same ones, and of values that must be equal.
         """
         methods = [getattr(cls, name, None) for cls in self.classes for name in METHODS]
-        objects = [*map(type, self.modules), *methods,
-                   *(getattr(method, '__code__', None) for method in methods),
-                   *map(dict.get, *self.places)]
+        codes = [method and getattr(method, '__code__', None) for method in methods]
+        objects = [*map(type, self.modules), *methods, *codes, *map(dict.get, *self.places)]
         values = [self.config.vocab_size, *map(len, self.children),
                   *(names.isdisjoint(absent_names) for names, absent_names in self.absences),
                   *((p.shape, p.dtype, p.requires_grad) for p in self.weights)]

@@ -69,7 +69,8 @@ def can_play(model, idx, targets):
         return False
     # with ignored targets the parts would have different numbers of targets; for ids outside of the
     # vocabulary the model has its own error
-    return all(0 <= ids.min() and ids.max() < config.vocab_size for ids in (idx, targets))
+    bounds = [bound.item() for ids in (idx, targets) for bound in torch.aminmax(ids)]
+    return min(bounds) >= 0 and max(bounds) < config.vocab_size
 
 
 def count_parts(num_rows, max_parts=sys.maxsize):
