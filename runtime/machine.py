@@ -1,7 +1,6 @@
 """
 The machine: which device, number format and compiling to use and why, and how fast it can be.
 """
-import contextlib
 import importlib.util
 import os
 import re
@@ -162,10 +161,6 @@ def prepare_training(device_type, compile, parallel):
     torch.set_float32_matmul_precision('high')  # TF32 where the hardware has it
     if device_type != 'cpu':
         return
-    num_players = max(1, torch.get_num_threads() - 1)  # of runtime/replay.py, next to this thread
-    if torch.get_num_interop_threads() != num_players:
-        with contextlib.suppress(RuntimeError):  # the threads have started
-            torch.set_num_interop_threads(num_players)
     if parallel != 'fsdp':  # fsdp gathers weights to free them again
         keep_freed_memory()
     if compile:

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import operator
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 from torch.nn import functional as F
@@ -31,36 +32,31 @@ TORCH_FUNCTIONS = *originals.PLAIN_FUNCTIONS, *originals.FUNCTIONS.values()
 
 
 @functools.cache
-def start_threads():
-    """Starts the threads of torch.jit.fork(), in use_one_thread().
-
-    Each of them keeps torch's number of threads of that time. They wait until all have started.
-    """
-    count = torch.get_num_interop_threads()
+def start_threads(count):
+    """Threads that each play a part of a batch, while the main thread plays another one."""
+    num_threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, 'player', prepare_thread)
     barrier = threading.Barrier(count)
+    list(pool.map(lambda _: barrier.wait(), range(count)))  # now all of them are prepared
+    torch.set_num_threads(num_threads)  # new threads of others start with the last number
+    return pool
 
-    @torch.jit.ignore
-    def meet(i: int) -> int:
-        return barrier.wait(60)
 
-    text = """
-def work(i: int):
-    return meet(i)
-
-def start(count: int):
-    futures = [torch.jit.fork(work, i) for i in range(count)]
-    return [torch.jit.wait(future) for future in futures]
-"""
-    torch.jit.CompilationUnit(text).start(count)
+def prepare_thread():
+    """Sets what torch keeps for each thread."""
+    torch.set_num_threads(1)
+    torch.get_num_threads()  # otherwise the thread's first operation would set the number again
+    torch.set_grad_enabled(False)
+    # with optimization TorchScript computes the second time in another order
+    torch._C._set_graph_executor_optimize(False)
 
 
 @contextlib.contextmanager
 def use_one_thread():
-    """In this context each thread that plays a part of a batch does without helpers."""
+    """In this context the main thread computes as those of start_threads() do."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        # with optimization TorchScript computes the second time in another order
         with torch.no_grad(), torch.autocast('cpu', enabled=False), \
                 torch.jit.optimized_execution(False):
             yield
@@ -68,14 +64,29 @@ def use_one_thread():
         torch.set_num_threads(num_threads)
 
 
+def play_parts(script, weights, parts):
+    """The sums of the script's results for the parts of a batch, which are played together."""
+    first_part, *other_parts = parts
+    futures = []
+    if other_parts:
+        pool = start_threads(torch.get_num_threads() - 1)
+        futures = [pool.submit(script, *weights, *part) for part in other_parts]
+    try:
+        with use_one_thread():
+            sums = script(*weights, *first_part)
+            for future in futures:
+                torch._foreach_add_(sums, future.result())
+    finally:
+        wait(futures)  # also after an error they must not read the weights any longer
+    return sums
+
+
 class ReplayFunction(torch.autograd.Function):
     """The loss of a batch by a script of record(), which also computes the gradients."""
 
     @staticmethod
-    def forward(ctx, script, weights, idx, targets, *weights_with_gradients):
-        with use_one_thread():
-            start_threads()
-            loss, *grads = script(*weights, idx, targets)
+    def forward(ctx, script, weights, parts, *weights_with_gradients):
+        loss, *grads = play_parts(script, weights, parts)
         ctx.save_for_backward(*grads)
         return loss
 
@@ -87,7 +98,7 @@ class ReplayFunction(torch.autograd.Function):
         grads = ctx.saved_tensors
         if torch._C._are_functorch_transforms_active() or grad != 1:
             grads = [grad * weight_grad for weight_grad in grads]
-        return None, None, None, None, *grads
+        return None, None, None, *grads
 
 
 def compute_loss(model, idx, targets=None):
@@ -99,10 +110,10 @@ def compute_loss(model, idx, targets=None):
         finally:
             if forward:
                 vars(model)['forward'] = forward
-        recording = player.find_recording(model, idx, targets) if player else None
+        recording, parts = player.find_recording(model, idx, targets) if player else (None, [])
         if recording:
             script, weights = recording
-            return None, ReplayFunction.apply(script, player.weights, idx, targets, *weights)
+            return None, ReplayFunction.apply(script, player.weights, parts, *weights)
     return type(model).forward(model, idx, targets)
 
 
@@ -149,23 +160,24 @@ class Player:
         return is_same and are_same(objects, self.state[0])
 
     def find_recording(self, model, idx, targets):
-        """The recording for batches like this one. None if it must not be played."""
+        """The recording for batches like this one, or None; and the parts of the batch."""
         if any(self.hooks) or any(p._backward_hooks for p in self.weights):
-            return None
+            return None, []
         num_parts = count_parts(len(idx), MAX_WEIGHTS // self.num_weights)
         if num_parts == 0:
-            return None
+            return None, []
+        parts = list(zip(idx.contiguous().chunk(num_parts), targets.contiguous().chunk(num_parts)))
         kind = (idx.shape, idx.dtype, targets.dtype, num_parts, torch.is_grad_enabled(),
                 torch.is_autocast_enabled('cpu'), torch.get_autocast_dtype('cpu'))
         if kind not in self.recordings:
             if len(self.recordings) == MAX_RECORDINGS:
                 del self.recordings[next(iter(self.recordings))]  # the oldest
             try:
-                self.recordings[kind] = record(model, self.weights, idx, targets, num_parts)
+                self.recordings[kind] = record(model, self.weights, *parts[0], num_parts)
             except (NotRecorded, RuntimeError) as e:  # if it is a mistake, it comes up again
                 note(f'the training step runs as it is written, because {get_first_line(e)}')
                 self.recordings[kind] = None
-        return self.recordings[kind]
+        return self.recordings[kind], parts
 
 
 # -----------------------------------------------------------------------------

@@ -104,15 +104,19 @@ def get_layout(tensor):
     return list(tensor.size()), list(tensor.stride()), tensor.storage_offset()
 
 
+def compile_function(text):
+    """The function of this text. It keeps what the variables here refer to: no tensors."""
+    return torch.jit.CompilationUnit(text).play
+
+
 def record(model, weights, idx, targets, num_parts):
-    """Records the forward pass for idx and targets, which num_parts threads share evenly.
+    """Records the forward pass for idx and targets, one of num_parts of a batch.
 
     While gradients are enabled it records the backward pass, too. Returns a function of all
-    weights, idx and targets, and the weights that have gradients. The function gives the loss and
-    its gradients.
+    weights, idx and targets, and the weights that have gradients. The function gives this part's
+    share of the loss and its gradients.
     """
     is_enabled, dtype = torch.is_autocast_enabled('cpu'), torch.get_autocast_dtype('cpu')
-    idx, targets = (ids.contiguous().chunk(num_parts)[0] for ids in (idx, targets))
     with Recorder([*weights, idx, targets]) as recorder:
         # without the cache, which may have weights that were cast before
         with torch.autocast('cpu', dtype, is_enabled, cache_enabled=False):
@@ -125,24 +129,4 @@ def record(model, weights, idx, targets, num_parts):
                 grads = torch.autograd.grad(share, trainable_weights, allow_unused=True)
             pairs = [(p, grad) for p, grad in zip(trainable_weights, grads) if grad is not None]
     text = recorder.write_function([share, *(grad for _, grad in pairs)])
-    return compile_function(text, len(weights), num_parts), [p for p, _ in pairs]
-
-
-def compile_function(text, num_weights, num_parts):
-    """The function that plays all parts of a batch together. The text is that of play().
-
-    It keeps what the variables here refer to: no tensors.
-    """
-    weights = ', '.join(f't{i}' for i in range(num_weights))
-    text += f"""
-def play_parts({weights.replace(',', ': Tensor,')}: Tensor, idx: Tensor, targets: Tensor):
-    idx_parts = idx.contiguous().chunk({num_parts})
-    target_parts = targets.contiguous().chunk({num_parts})
-    futures = [torch.jit.fork(play, {weights}, idx_parts[i], target_parts[i])
-               for i in range(1, {num_parts})]
-    sums = play({weights}, idx_parts[0], target_parts[0])
-    for future in futures:
-        torch.ops.aten._foreach_add_(sums, torch.jit.wait(future))
-    return sums
-"""
-    return torch.jit.CompilationUnit(text).play_parts
+    return compile_function(text), [p for p, _ in pairs]
