@@ -44,7 +44,8 @@ char=config/train_shakespeare_char.py
 cpu_recipe=config/train_shakespeare_char_cpu.py
 gpt2=--real_data=False  # bench.py's defaults are GPT-2 124M; random tokens need no dataset
 
-plain_cpu=$(plain train --preset=cpu_recipe --iters=60 --turns=True)  # a start would take longer
+# it stays, because starting it for each pair would take longer than measuring
+plain_cpu=$(plain train --preset=cpu_recipe --iters=60 --turns=True)
 row train_cpu_recipe "$plain_cpu" $cpu_recipe
 row train_cpu_recipe_compiled "$plain_cpu" $cpu_recipe --compile=True
 row train_char "$(plain train --preset=char --iters=1)" $char --repeats=5

@@ -176,8 +176,8 @@ def keep_freed_memory():
     except (OSError, AttributeError):  # another C library
         return
     libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap doesn't shrink
-    # M_MXFAST: no lists of small blocks, which glibc merges each time when a tensor is freed. A
-    # matmul of oneDNN frees some hundred of them: 1 to 2% of a small model's step
+    # M_MXFAST: no lists of small free blocks that glibc merges whenever a large block is freed. A
+    # matmul of oneDNN frees more than a hundred small ones: 1 to 2% of a small model's step
     libc.mallopt(1, 0)
     libc.malloc.restype = ctypes.c_void_p
     size = 2 ** 30

@@ -150,7 +150,7 @@ class Player:
         objects = [*map(type, self.modules), *methods, *codes, *map(dict.get, *self.places)]
         values = [self.config.vocab_size, *map(len, self.children),
                   *(names.isdisjoint(absent_names) for names, absent_names in self.absences),
-                  *((p.shape, p.dtype, p.requires_grad) for p in self.weights)]
+                  *((p.shape, p.stride(), p.dtype, p.requires_grad) for p in self.weights)]
         return objects, values
 
     def is_current(self, model):

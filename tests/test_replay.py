@@ -203,6 +203,22 @@ def test_numbers_of_the_weights():
     check(model, plain_model=plain_model)
 
 
+def test_other_strides_of_the_weights():
+    """Their memory may be in another order, with the same shape."""
+    model, plain_model = make_fast_model('bfloat16'), make_fast_model('bfloat16')
+    batch = make_batch(model)
+    for m in (model, plain_model):
+        if m is model:
+            assert measure(m, batch, 'bfloat16')[1]
+        for p in (m.transformer.h[0].attn.c_proj.weight, m.transformer.h[0].mlp.c_fc.weight):
+            p.data = p.data.t().contiguous().t()
+    expected, _ = measure(plain_model, batch, 'bfloat16')
+    for _ in range(2):
+        results, was_played = measure(model, batch, 'bfloat16')
+        assert was_played
+        compare(results, expected)
+
+
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
 def test_another_dtype_after_the_first_step(dtype):
     model, plain_model = make_fast_model(), make_model()
@@ -336,6 +352,8 @@ def test_what_cannot_be_recorded(capsys):
         x + y
     with pytest.raises(NotRecorded, match='view.dtype'), Recorder([x]):
         x.view(torch.int32)
+    with pytest.raises(NotRecorded, match='_foreach_add_'), Recorder([x]):
+        torch._foreach_add_([x], 1.0)
     model, plain_model = make_fast_model(), make_model()
     for m in (model, plain_model):
         m.transformer.h[0].ln_1.eps = torch.tensor(0.1)
@@ -349,7 +367,7 @@ def test_views_of_results_and_of_inputs():
     def compute(x):
         y = (x * 3).view(2, 6).t()
         y[1:3] += x[4]
-        return [y.t().t(), x[1:3].clone(), y.flatten()[3:], y[2:].exp()]
+        return [y.t().t(), x[1:3].clone(), y.flatten()[3:], y[2:].exp(), y[0, 1] * 2]
 
     first, second = torch.arange(24.).split(12)
     with Recorder([first]) as recorder:
