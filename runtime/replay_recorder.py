@@ -54,9 +54,9 @@ class Recorder(TorchDispatchMode):
         owner = self.owners.get(get_storage(tensor))
         if owner is None:
             raise NotRecorded('a tensor comes from outside')
-        if get_layout(tensor) == get_layout(owner):
+        size, stride, offset = layout = get_layout(tensor)
+        if layout == get_layout(owner):
             return self.names[id(owner)]
-        size, stride, offset = get_layout(tensor)
         call = f'torch.as_strided({self.names[id(owner)]}, {size}, {stride}, {offset})'
         if call not in self.views:
             self.views[call] = self.name(tensor)
@@ -69,9 +69,7 @@ class Recorder(TorchDispatchMode):
         Views of the inputs are written as operations, because an input may be elsewhere in memory
         in the next step. TorchScript takes no empty list for a size.
         """
-        owner = self.owners.get(get_storage(tensor))
-        return (owner is not None and tensor.dtype == owner.dtype and not tensor.is_complex()
-                and tensor.dim() > 0)
+        return self.owners.get(get_storage(tensor)) is not None and tensor.dim() > 0
 
     def __torch_dispatch__(self, operation, types, args=(), options=None):
         if operation is torch.ops.aten.view.dtype:
